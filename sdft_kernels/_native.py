@@ -1,0 +1,121 @@
+"""The compiled parts, `_ops` (operators over torch's stable ABI) and `_host` (pybind11): the only module that knows them.
+
+Both are optional and loaded on first use. Everything here works without them.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import warnings
+from pathlib import Path
+
+import torch
+
+_OPS = "sdft_kernels._ops"
+_HOST = "sdft_kernels._host"
+
+
+def has_native() -> bool:
+    """True if the compiled operators are built and load in this process."""
+    return not why_not()
+
+
+@functools.cache
+def why_not() -> str:
+    """Why the compiled operators cannot be used, in one line; the empty string if they can.
+
+    The first call loads the library. A library that exists but does not load (built for another platform, or needing a
+    newer torch) is also reported once as a `RuntimeWarning`, because the caller then silently runs slower code.
+    """
+    spec = importlib.util.find_spec(_OPS)
+    if spec is None or spec.origin is None:
+        return _not_built()
+    try:
+        torch.ops.load_library(spec.origin)
+    except (OSError, RuntimeError) as error:
+        reason = (
+            f"{Path(spec.origin).name} is built but does not load in torch {torch.__version__}: {_first_line(error)}; "
+            "rebuild it with: pip install --no-build-isolation --force-reinstall --no-deps ."
+        )
+        warnings.warn(f"sdft_kernels runs without its compiled operators: {reason}", RuntimeWarning, stacklevel=2)
+        return reason
+    torch.library.register_fake("sdft_kernels::ema_update_", _ema_update_fake)
+    return ""
+
+
+def build_info() -> dict[str, str]:
+    """How the compiled parts were built: compiler, flags, cuda, torch_target, torch_headers. Empty if they were not."""
+    try:
+        host = importlib.import_module(_HOST)
+    except ImportError:
+        return {}
+    info: dict[str, str] = host.build_info()
+    return info
+
+
+def ema_update_(ema: torch.Tensor, param: torch.Tensor, rate: float) -> torch.Tensor:
+    """Move an exponential moving average towards a parameter, in place: ``ema += rate * (param - ema)``.
+
+    The arithmetic is fp32 whatever the parameter's dtype: at rate 0.01 a bf16 average would round most updates away.
+
+    Args:
+        ema: any shape, fp32. Changed in place.
+        param: the same shape, any floating dtype, any device (moved to `ema`'s).
+        rate: in [0, 1]; 0 changes nothing, 1 copies `param` exactly.
+
+    Returns:
+        `ema`. Nothing is differentiable; gradients are neither recorded nor required off.
+
+    Raises:
+        ValueError: shapes differ, `ema` is not fp32, `param` is not floating, or `rate` is outside [0, 1].
+    """
+    if ema.dtype != torch.float32:
+        raise ValueError(f"ema must be torch.float32, got {ema.dtype}")
+    if not param.is_floating_point():
+        raise ValueError(f"param must have a floating dtype, got {param.dtype}")
+    if ema.shape != param.shape:
+        raise ValueError(f"param must have ema's shape {tuple(ema.shape)}, got {tuple(param.shape)}")
+    if not 0.0 <= rate <= 1.0:
+        raise ValueError(f"rate must be in [0, 1], got {rate!r}")
+    with torch.no_grad():
+        if _fits_native(ema, param) and has_native():
+            torch.ops.sdft_kernels.ema_update_(ema, param, rate)
+            # The dispatcher does not count in-place changes of operators without an autograd kernel.
+            torch.autograd.graph.increment_version(ema)
+        else:
+            _ema_update_torch(ema, param, rate)
+    return ema
+
+
+def _fits_native(ema: torch.Tensor, param: torch.Tensor) -> bool:
+    return (
+        type(ema) in (torch.Tensor, torch.nn.Parameter)
+        and type(param) in (torch.Tensor, torch.nn.Parameter)
+        and ema.device.type == param.device.type == "cpu"
+        and ema.is_contiguous()
+        and param.is_contiguous()
+        and param.dtype in (torch.float32, torch.bfloat16)
+    )
+
+
+def _ema_update_torch(ema: torch.Tensor, param: torch.Tensor, rate: float) -> None:
+    ema.lerp_(param.to(device=ema.device, dtype=torch.float32), rate)
+
+
+def _ema_update_fake(ema: torch.Tensor, param: torch.Tensor, rate: float) -> None:
+    return None
+
+
+def _not_built() -> str:
+    reason = Path(__file__).with_name("_build_reason.txt")
+    if reason.is_file():
+        return f"not built when this package was installed: {reason.read_text().strip()}"
+    return "not built; from a checkout with cmake and a C++ compiler: pip install --no-build-isolation ."
+
+
+def _first_line(error: BaseException) -> str:
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__
+
