@@ -1,0 +1,350 @@
+"""The contract of op 1: arguments, checks, and which implementation runs."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .._dispatch import debug_enabled, resolve
+from .driver import Affine, same_tensor
+from .fields import ABSENT_TARGET, NEED_TARGET, TokenDivergence, available_fields
+from .operators import LossFunction, Options, Tensors, TokensFunction, accumulate_dtype
+from .reference import linear_divergence_reference
+from .token_loss import AffineTokenLoss, TokenLoss, sdft_token_loss
+
+_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+
+
+def linear_divergence(
+    student_input: Tensor,  # (N, H)
+    student_weight: Tensor,  # (V, H)
+    teacher_input: Tensor,  # (N, H_t)
+    teacher_weight: Tensor,  # (V, H_t)
+    target: Tensor | None = None,  # (N,)
+    *,
+    mask: Tensor | None = None,  # (N,)
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    jsd_alpha: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    outputs: tuple[str, ...] | None = None,
+    vocab_group: Any = None,
+    memory_budget: int | None = None,
+    pack: bool = True,
+    precision: str | None = None,
+    impl: str = "auto",
+) -> TokenDivergence:
+    """Per-token divergences between two LM heads, from hidden states, without the (N, V) logits.
+
+    z = softcap(scale * (input weight^T + bias)) / temperature on either side; p_s, p_t are the softmaxes of z. Each of
+    the first five numbers accepts any upstream gradient; backward projects the logits again chunk by chunk (6 GEMMs of
+    2*N*V*H FLOP in all, 5 with a frozen head, 3 with a frozen head and one differentiable output). Where the loss is a
+    sum of per-token terms, `linear_divergence_loss` needs 4 (3 frozen).
+
+    Args:
+        student_input: (N, H), fp32, bf16 or fp64. Differentiable.
+        student_weight: (V, H), same dtype (under autocast any of these). Differentiable.
+        teacher_input: (N, H_t). Must not require grad.
+        teacher_weight: (V, H_t). May require grad only if it is the student's weight; it gets no gradient as teacher.
+        target: (N,) int64, the token whose log-probability is reported; -100 is absent. On CPU (and with
+            ``SDFT_KERNELS_DEBUG=1``) an unmasked target out of range raises, on CUDA it gives NaN in that token.
+        mask: (N,) bool, False for tokens that are not projected at all: outputs 0, gradients exactly 0.
+        student_bias: (V,). Differentiable. -inf masks a vocabulary entry.
+        teacher_bias: (V,).
+        temperature: divides the logits of both sides; no T^2 factor anywhere.
+        jsd_alpha: teacher's share of the mixture; None for no `jsd`. At 0 and 1 `jsd` is the matching KL.
+        student_logit_scale, teacher_logit_scale: multiply the raw logits (Cohere; 1/logits_scaling of Granite).
+        student_softcap, teacher_softcap: cap * tanh(logit / cap) after the scale (Gemma 2).
+        outputs: names to return; None is every number that the arguments allow. The others are None.
+        vocab_group: reserved for a vocabulary sharded over a process group.
+        memory_budget: bytes for tiles and scratch beyond inputs, outputs, gradients and one fp32 accumulator of the
+            weight's gradient. None is 256 MiB on CPU, 1.5 GiB on CUDA.
+        pack: gather the unmasked tokens first (one host synchronisation). False computes all and selects.
+        precision: ``"tf32"`` allows TF32 products for fp32 inputs on CUDA; None ignores the global switches.
+        impl: ``"auto"``, ``"torch"`` or ``"reference"`` (materialises the logits).
+
+    Returns:
+        `TokenDivergence` of (N,) tensors: fp32, fp64 for fp64 inputs.
+
+    Raises:
+        ValueError: an argument that does not fit; the message names it, its value and what was expected.
+        RuntimeError: an implementation asked for by name that cannot run.
+        NotImplementedError: `vocab_group`.
+
+    The gradient and the statistics are derived in the op's README. Objective: SDFT, arXiv 2601.19897.
+    """
+    tensors = Tensors(
+        student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, target, mask
+    )
+    options = _options(
+        tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
+        memory_budget, pack, precision, vocab_group,
+    )  # fmt: skip
+    _check(tensors, options)
+    names = _output_names(outputs, target is not None, jsd_alpha is not None)
+    if resolve(impl) == "reference":
+        tokens = _reference(tensors, options)
+        return TokenDivergence(**{name: getattr(tokens, name) for name in names})
+    values = TokensFunction.apply(*tensors[:3], tensors[3:], options, names, torch.is_grad_enabled())
+    return TokenDivergence(**dict(zip(names, values, strict=True)))
+
+
+def linear_divergence_loss(
+    student_input: Tensor,  # (N, H)
+    student_weight: Tensor,  # (V, H)
+    teacher_input: Tensor,  # (N, H_t)
+    teacher_weight: Tensor,  # (V, H_t)
+    target: Tensor | None = None,  # (N,)
+    *,
+    token_loss: AffineTokenLoss | TokenLoss | None = None,
+    mask: Tensor | None = None,  # (N,)
+    student_bias: Tensor | None = None,  # (V,)
+    teacher_bias: Tensor | None = None,  # (V,)
+    temperature: float = 1.0,
+    jsd_alpha: float | None = None,
+    student_logit_scale: float = 1.0,
+    teacher_logit_scale: float = 1.0,
+    student_softcap: float | None = None,
+    teacher_softcap: float | None = None,
+    vocab_group: Any = None,
+    memory_budget: int | None = None,
+    pack: bool = True,
+    precision: str | None = None,
+    impl: str = "auto",
+) -> tuple[Tensor, TokenDivergence]:
+    """The sum over tokens of a token loss, with value and gradient at 4 GEMMs (3 with a frozen head, 2 without grad).
+
+    Args:
+        token_loss: None is the mean over the unmasked tokens of KL(p_t || p_s), SDFT's default. An `AffineTokenLoss`
+            (or `sdft_token_loss`) is data. A callable ``token_loss(tokens, index) -> (C,)`` gets the numbers of one
+            chunk, (C,) each, and their positions in the caller's order, (C,) int64; it must be elementwise over tokens
+            (``SDFT_KERNELS_DEBUG=1`` checks) and must not use a tensor that requires grad (checked).
+        jsd_alpha: of the JSD in `tokens` and for callables; an affine loss carries its own, which this must equal.
+
+    The other arguments are those of `linear_divergence`.
+
+    Returns:
+        The loss, a 0-d tensor in fp32 (fp64 for fp64 inputs), differentiable in `student_input`, `student_weight` and
+        `student_bias`, once; and the detached per-token numbers.
+
+    Raises:
+        ValueError, RuntimeError, NotImplementedError: as `linear_divergence`.
+    """
+    tensors = Tensors(
+        student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, target, mask
+    )
+    if token_loss is None:
+        token_loss = sdft_token_loss()
+    if isinstance(token_loss, AffineTokenLoss):
+        jsd_alpha = _merge_alpha(token_loss, jsd_alpha)
+    elif not callable(token_loss):
+        raise ValueError(f"token_loss must be an AffineTokenLoss or a callable, got {type(token_loss).__name__}")
+    options = _options(
+        tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
+        memory_budget, pack, precision, vocab_group,
+    )  # fmt: skip
+    _check(tensors, options)
+    resolved = _resolve_loss(token_loss, tensors, options)
+    names = available_fields(target is not None, jsd_alpha is not None)
+    if resolve(impl) == "reference":
+        return _reference_loss(tensors, options, resolved)
+    loss, tokens = LossFunction.apply(
+        *tensors[:3], tensors[3:], options, resolved, debug_enabled(), torch.is_grad_enabled()
+    )
+    return loss, TokenDivergence(**{name: tokens[i] for i, name in enumerate(TokenDivergence._fields) if name in names})
+
+
+def _merge_alpha(token_loss: AffineTokenLoss, jsd_alpha: float | None) -> float | None:
+    """The affine loss's alpha, where its JSD is used; never one that disagrees with the caller's."""
+    if "jsd" not in token_loss.weights():
+        return jsd_alpha
+    if jsd_alpha is not None and jsd_alpha != token_loss.alpha:
+        raise ValueError(f"jsd_alpha={jsd_alpha} disagrees with token_loss.alpha={token_loss.alpha}")
+    return token_loss.alpha
+
+
+def _resolve_loss(token_loss: AffineTokenLoss | TokenLoss, t: Tensors, o: Options) -> Affine | TokenLoss:
+    """An affine loss with its weights as (N,) tensors; a callable as it is."""
+    if not isinstance(token_loss, AffineTokenLoss):
+        return token_loss
+    if token_loss.needs_target and t.target is None:
+        raise ValueError("token_loss uses student_logprob or an importance ratio: target is needed, got None")
+    count = t.student_input.shape[0]
+    like = t.student_input.new_empty(0, dtype=accumulate_dtype(o.operand_dtype))
+    old = token_loss.old_logprob
+    if old is not None:
+        if old.shape != (count,):
+            raise ValueError(f"token_loss.old_logprob must be ({count},), got {tuple(old.shape)}")
+        old = old.to(like)
+    return Affine(token_loss.expand(count, t.mask, like), old, token_loss.importance_clip)
+
+
+def _output_names(outputs: tuple[str, ...] | None, has_target: bool, has_jsd: bool) -> tuple[str, ...]:
+    possible = available_fields(has_target, has_jsd)
+    if outputs is None:
+        return possible
+    for name in outputs:
+        if name not in TokenDivergence._fields:
+            raise ValueError(f"outputs names {name!r}; the numbers are {TokenDivergence._fields}")
+        if name not in possible:
+            missing = "target" if name in NEED_TARGET else "jsd_alpha"
+            raise ValueError(f"outputs asks for {name!r}, which needs {missing}")
+    return tuple(name for name in possible if name in outputs)
+
+
+def _reference(t: Tensors, o: Options) -> TokenDivergence:
+    student_transform, teacher_transform = o.transforms()
+    return linear_divergence_reference(
+        *(t.student_input, t.student_weight, t.teacher_input, t.teacher_weight, t.target),
+        mask=t.mask,
+        student_bias=t.student_bias,
+        teacher_bias=t.teacher_bias,
+        student_transform=student_transform,
+        teacher_transform=teacher_transform,
+        jsd_alpha=o.jsd_alpha,
+    )
+
+
+def _reference_loss(t: Tensors, o: Options, token_loss: Affine | TokenLoss) -> tuple[Tensor, TokenDivergence]:
+    every = _reference(t, o)
+    index = torch.arange(t.student_input.shape[0], device=t.student_input.device)
+    if t.mask is not None:
+        index = index[t.mask]
+    tokens = TokenDivergence(*(None if f is None else f[index] for f in every))
+    if isinstance(token_loss, Affine):
+        loss = torch.zeros_like(tokens.kl_teacher_student)
+        for name, weight in token_loss.weights.items():
+            used = weight[index] != 0
+            loss = loss + weight[index] * getattr(tokens, name).where(used, 0.0)
+        if token_loss.old_logprob is not None:
+            gap = tokens.student_logprob.detach() - token_loss.old_logprob[index]
+            loss = loss * gap.clamp(-20, 20).exp().clamp(max=token_loss.importance_clip)
+    else:
+        loss = token_loss(tokens, index)
+    return loss.sum(), TokenDivergence(*(None if f is None else f.detach() for f in every))
+
+
+def _options(
+    t: Tensors,
+    jsd_alpha: float | None,
+    temperature: float,
+    student_logit_scale: float,
+    teacher_logit_scale: float,
+    student_softcap: float | None,
+    teacher_softcap: float | None,
+    memory_budget: int | None,
+    pack: bool,
+    precision: str | None,
+    vocab_group: Any,
+) -> Options:
+    if vocab_group is not None:
+        raise NotImplementedError("vocab_group: a vocabulary sharded over a process group is not supported yet")
+    if jsd_alpha is not None and not 0 <= jsd_alpha <= 1:
+        raise ValueError(f"jsd_alpha must be within [0, 1], got {jsd_alpha}")
+    positive = dict(
+        temperature=temperature, student_logit_scale=student_logit_scale, teacher_logit_scale=teacher_logit_scale,
+        student_softcap=student_softcap, teacher_softcap=teacher_softcap,
+    )  # fmt: skip
+    for name, value in positive.items():
+        if value is not None and not 0 < value < math.inf:
+            raise ValueError(f"{name} must be positive and finite, got {value}")
+    if precision not in (None, "tf32"):
+        raise ValueError(f"precision must be None or 'tf32', got {precision!r}")
+    if precision == "tf32" and (t.student_input.device.type != "cuda" or t.student_input.dtype != torch.float32):
+        raise ValueError("precision='tf32' is for fp32 inputs on CUDA")
+    device = t.student_input.device.type
+    operand = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.student_input.dtype
+    if operand == torch.float16:
+        raise ValueError("fp16 is not supported (its range ends at 65504): use bf16 or fp32, or autocast to bf16")
+    return Options(
+        jsd_alpha, float(temperature), float(student_logit_scale), float(teacher_logit_scale),
+        student_softcap, teacher_softcap, operand, memory_budget, pack, precision,
+    )  # fmt: skip
+
+
+def _check(t: Tensors, o: Options) -> None:
+    """Shapes, dtypes, devices, and who may require grad."""
+    for name, tensor in zip(Tensors._fields, t, strict=True):
+        if tensor is not None and not isinstance(tensor, Tensor):
+            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    for name in ("student_weight", "teacher_weight"):
+        _check_weight(name, getattr(t, name))
+    _check_shapes(t)
+    autocast = torch.is_autocast_enabled(t.student_input.device.type)
+    for name in Tensors._fields[:6]:
+        tensor = getattr(t, name)
+        if tensor is None:
+            continue
+        if tensor.dtype not in _FLOAT_DTYPES:
+            raise ValueError(f"{name} must be fp32, bf16 or fp64, got {tensor.dtype}")
+        if not autocast and tensor.dtype != t.student_input.dtype:
+            raise ValueError(
+                f"{name} is {tensor.dtype} but student_input is {t.student_input.dtype}: cast one, or use autocast"
+            )
+    if t.teacher_input.requires_grad and torch.is_grad_enabled():
+        raise ValueError("teacher_input requires grad: compute the teacher under torch.no_grad(), or detach it")
+    for name, own in (("teacher_weight", t.student_weight), ("teacher_bias", t.student_bias)):
+        tensor = getattr(t, name)
+        if tensor is not None and tensor.requires_grad and not same_tensor(tensor, own):
+            raise ValueError(f"{name} requires grad and is not the student's: it would get none; pass {name}.detach()")
+    _check_target(t)
+
+
+def _check_weight(name: str, weight: Tensor) -> None:
+    if hasattr(weight, "full_tensor"):
+        raise ValueError(f"{name} is a DTensor: pass {name}.full_tensor(), gathered once inside the wrapper's forward")
+    if weight.numel() == 0:
+        raise ValueError(
+            f"{name} is empty, {tuple(weight.shape)}: a sharded parameter (ZeRO-3) must be gathered around this call"
+        )
+
+
+def _check_shapes(t: Tensors) -> None:
+    for name in ("student_input", "student_weight", "teacher_input", "teacher_weight"):
+        if getattr(t, name).dim() != 2:
+            raise ValueError(f"{name} must be 2-D, got {tuple(getattr(t, name).shape)}")
+    count, vocabulary = t.student_input.shape[0], t.student_weight.shape[0]
+    expected = dict(
+        student_weight=(vocabulary, t.student_input.shape[1]),
+        teacher_input=(count, t.teacher_input.shape[1]),
+        teacher_weight=(vocabulary, t.teacher_input.shape[1]),
+        student_bias=(vocabulary,),
+        teacher_bias=(vocabulary,),
+        target=(count,),
+        mask=(count,),
+    )
+    for name, shape in expected.items():
+        tensor = getattr(t, name)
+        if tensor is None:
+            continue
+        if tuple(tensor.shape) != shape:
+            hint = " (both models must share a vocabulary)" if name == "teacher_weight" else ""
+            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}{hint}")
+        if tensor.device != t.student_input.device:
+            raise ValueError(f"{name} is on {tensor.device} but student_input is on {t.student_input.device}")
+    if t.mask is not None and t.mask.dtype != torch.bool:
+        raise ValueError(f"mask must be bool, got {t.mask.dtype}")
+    if t.target is not None and t.target.dtype != torch.int64:
+        raise ValueError(f"target must be int64, got {t.target.dtype}")
+
+
+def _check_target(t: Tensors) -> None:
+    """Out of range: raised where looking is free (CPU) or asked for (debug)."""
+    if t.target is None or torch.compiler.is_compiling() or not (t.target.device.type == "cpu" or debug_enabled()):
+        return
+    vocabulary = t.student_weight.shape[0]
+    wrong = (t.target != ABSENT_TARGET) & ((t.target < 0) | (t.target >= vocabulary))
+    if t.mask is not None:
+        wrong &= t.mask
+    if wrong.any():
+        where = int(wrong.nonzero()[0, 0])
+        raise ValueError(
+            f"target[{where}] is {int(t.target[where])}: must be in [0, {vocabulary}), or {ABSENT_TARGET} for absent"
+        )

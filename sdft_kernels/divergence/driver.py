@@ -1,0 +1,289 @@
+"""Walks the tokens in chunks: project, row kernel, two products. Device-independent; sees no autograd."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from . import rows_torch
+from .fields import DIFFERENTIABLE, FIELDS, Transform, available_fields
+from .gemm import exact_matmul
+from .token_loss import TokenLoss, evaluate
+
+DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
+
+
+class Products(Protocol):
+    """What the driver needs of `gemm.Gemm`; tests pass one that counts."""
+
+    operand: torch.dtype
+    accumulate: torch.dtype
+
+    def scratch_bytes(self, device: torch.device, weight: Tensor) -> int: ...
+    def bytes_per_logit(self, device: torch.device) -> int: ...
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+    def round_gradient(self, grad: Tensor) -> Tensor: ...
+    def grad_input(self, grad: Tensor, weight: Tensor, out: Tensor) -> None: ...
+    def grad_weight(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None: ...
+
+
+class Side(NamedTuple):
+    """One model's head: (N, H) inputs, (V, H) weight, (V,) bias and what follows the product."""
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    transform: Transform
+
+
+class Need(NamedTuple):
+    """Which gradients of the student to compute."""
+
+    input: bool = False
+    weight: bool = False
+    bias: bool = False
+
+
+class Affine(NamedTuple):
+    """sum_k weights_k field_k per token, times the clipped importance ratio if there is one."""
+
+    weights: dict[str, Tensor]  # of differentiable fields, (N,) each
+    old_logprob: Tensor | None = None  # (N,)
+    importance_clip: float | None = None
+
+
+class Result(NamedTuple):
+    loss: Tensor  # ()
+    tokens: Tensor  # (8, N), rows in the order of FIELDS
+    grad_input: Tensor | None
+    grad_weight: Tensor | None
+    grad_bias: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a call is cut: which tokens, and how many at a time."""
+
+    index: Tensor | None  # positions of the tokens to project; None: all
+    count: int
+    chunk: int
+
+    def chunks(self) -> list[slice]:
+        return [slice(i, min(i + self.chunk, self.count)) for i in range(0, self.count, self.chunk)]
+
+    def positions(self, part: slice, device: torch.device) -> Tensor:
+        return torch.arange(part.start, part.stop, device=device) if self.index is None else self.index[part]
+
+
+def make_plan(
+    student: Side, teacher: Side, mask: Tensor | None, pack: bool, memory_budget: int | None, gemm: Products
+) -> Plan:
+    """Cut the call so that tiles and scratch fit `memory_budget` bytes.
+
+    Raises:
+        ValueError: not even one token fits.
+    """
+    device, vocabulary = student.input.device, student.weight.shape[0]
+    index = mask.nonzero()[:, 0] if mask is not None and pack else None
+    count = student.input.shape[0] if index is None else index.shape[0]
+    size = gemm.accumulate.itemsize
+    per_token = vocabulary * (2 * size + gemm.bytes_per_logit(device))
+    per_token += 3 * size * (student.input.shape[1] + teacher.input.shape[1])  # a chunk's hidden states and dX
+    fixed = gemm.scratch_bytes(device, student.weight) + rows_torch.scratch_bytes(count, vocabulary, size)
+    if memory_budget is None:
+        memory_budget = max(DEFAULT_MEMORY_BUDGET.get(device.type, DEFAULT_MEMORY_BUDGET["cuda"]), fixed + per_token)
+    if memory_budget < fixed + per_token:
+        raise ValueError(
+            f"memory_budget={memory_budget} bytes holds no token at a vocabulary of {vocabulary}: "
+            f"needs at least {fixed + per_token}"
+        )
+    most = min((memory_budget - fixed) // per_token, max(count, 1))
+    parts = -(-max(count, 1) // most)
+    return Plan(index, count, -(-max(count, 1) // parts))
+
+
+def linear_divergence(
+    student: Side,
+    teacher: Side,
+    target: Tensor | None,
+    mask: Tensor | None,
+    *,
+    alpha: float | None,
+    token_loss: Affine | TokenLoss | None,
+    need: Need,
+    gemm: Products,
+    memory_budget: int | None = None,
+    pack: bool = True,
+    precision: str | None = None,
+    check_elementwise: bool = False,
+) -> Result:
+    """All fields, the summed token loss, and its gradients. `token_loss=None`: no loss, no gradients.
+
+    `alpha` is None (no JSD), 0 or 1 (the JSD field is the matching KL), or between.
+    """
+    device = student.input.device
+    with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_matmul(precision):
+        plan = make_plan(student, teacher, mask, pack, memory_budget, gemm)
+        call = _Call(student, teacher, target, mask, alpha, token_loss, need, gemm, plan, check_elementwise)
+        for part in plan.chunks():
+            call.run(part)
+        return call.result()
+
+
+@dataclass
+class _Call:
+    """Buffers and outputs of one call, filled chunk by chunk."""
+
+    student: Side
+    teacher: Side
+    target: Tensor | None
+    mask: Tensor | None
+    alpha: float | None
+    token_loss: Affine | TokenLoss | None
+    need: Need
+    gemm: Products
+    plan: Plan
+    check_elementwise: bool
+
+    def __post_init__(self) -> None:
+        alpha = self.alpha
+        self.mixture = alpha if alpha is not None and 0 < alpha < 1 else None
+        self.jsd_is = None if alpha is None or self.mixture is not None else DIFFERENTIABLE[int(alpha)]
+        if isinstance(self.token_loss, Affine):
+            self.token_loss = self._resolve(self.token_loss)
+        self.select = self.mask if self.mask is not None and self.plan.index is None else None
+        self.fields = available_fields(self.target is not None, alpha is not None)
+        self.stacked = same_tensor(self.student.weight, self.teacher.weight) and same_tensor(
+            self.student.bias, self.teacher.bias
+        )
+        x, w = self.student.input, self.student.weight
+        self.tokens = x.new_zeros(len(FIELDS), x.shape[0], dtype=self.gemm.accumulate)
+        self.loss = self.tokens.new_zeros(x.shape[0])
+        self.tiles = self.tokens.new_empty(2 * self.plan.chunk * w.shape[0])
+        self.grad_input = x.new_zeros(x.shape) if self.need.input else None
+        self.grad_weight = self.tokens.new_zeros(w.shape) if self.need.weight else None
+        self.grad_bias = self.tokens.new_zeros(w.shape[0]) if self.need.bias else None
+
+    def _resolve(self, loss: Affine) -> Affine:
+        """A weight on a JSD of alpha 0 or 1 is a weight on the matching KL."""
+        weights = dict(loss.weights)
+        if self.jsd_is is not None and "jsd" in weights:
+            jsd = weights.pop("jsd")
+            weights[self.jsd_is] = jsd + weights[self.jsd_is] if self.jsd_is in weights else jsd
+        return loss._replace(weights=weights)
+
+    def run(self, part: slice) -> None:
+        """One chunk: tiles of logits, numbers and dL/dlogits, then the two products."""
+        positions = self.plan.positions(part, self.tokens.device)
+        take = part if self.plan.index is None else positions
+        h_s, h_t = self.student.input[take], self.teacher.input[take]
+        keep = None if self.select is None else self.select[part]
+        if keep is not None:  # whatever a masked token holds must not reach a product, not even times 0
+            h_s, h_t = h_s.masked_fill(~keep[:, None], 0), h_t.masked_fill(~keep[:, None], 0)
+        student, teacher = self._project(h_s, h_t)
+        target = None if self.target is None else self.target[take]
+        tokens = self.tokens.new_zeros(len(FIELDS), student.shape[0])
+        loss = self.loss.new_zeros(student.shape[0])
+        if callable(self.token_loss):
+            self._run_callable(student, teacher, target, positions, keep, tokens, loss)
+        else:
+            self._run_affine(student, teacher, target, take, keep, tokens, loss)
+        if keep is not None:
+            tokens, loss = tokens.masked_fill(~keep, 0), loss.masked_fill(~keep, 0)
+        if self.jsd_is is not None:
+            tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]
+        self.tokens[:, take], self.loss[take] = tokens, loss
+        self._accumulate(student, h_s, take, keep)
+
+    def _project(self, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
+        n, vocabulary = h_s.shape[0], self.student.weight.shape[0]
+        both = self.tiles[: 2 * n * vocabulary].view(2 * n, vocabulary)
+        student, teacher = both[:n], both[n:]
+        if self.stacked:  # one product reads the weight once
+            self.gemm.project(torch.cat([h_s, h_t]), self.student.weight, self.student.bias, both)
+        else:
+            self.gemm.project(h_s, self.student.weight, self.student.bias, student)
+            self.gemm.project(h_t, self.teacher.weight, self.teacher.bias, teacher)
+        return student, teacher
+
+    @property
+    def _transforms(self) -> tuple[Transform, Transform]:
+        return self.student.transform, self.teacher.transform
+
+    def _run_affine(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        take: slice | Tensor,
+        keep: Tensor | None,
+        tokens: Tensor,
+        loss: Tensor,
+    ) -> None:
+        affine = self.token_loss if isinstance(self.token_loss, Affine) else Affine({})
+        weights = {name: w[take] for name, w in affine.weights.items()}
+        if keep is not None:
+            weights = {name: w.masked_fill(~keep, 0) for name, w in weights.items()}
+        old = None if affine.old_logprob is None else affine.old_logprob[take]
+        rows_torch.affine_(
+            student, teacher, target, weights, old, affine.importance_clip,
+            self._transforms, self.mixture, tokens, loss, any(self.need),
+        )  # fmt: skip
+
+    def _run_callable(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        positions: Tensor,
+        keep: Tensor | None,
+        tokens: Tensor,
+        loss: Tensor,
+    ) -> None:
+        state = rows_torch.divergence_stats(student, teacher, target, self._transforms, self.mixture, tokens)
+        if self.jsd_is is not None:
+            tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]
+        value, upstream = evaluate(
+            self.token_loss, tokens, self.fields, positions, any(self.need), self.check_elementwise
+        )
+        loss.copy_(value)
+        if any(self.need):
+            if keep is not None:
+                upstream = {name: g.masked_fill(~keep, 0) for name, g in upstream.items()}
+            upstream = self._resolve(Affine(upstream)).weights
+            rows_torch.divergence_grad_(student, teacher, state, target, upstream, self._transforms, self.mixture)
+
+    def _accumulate(self, grad: Tensor, h_s: Tensor, take: slice | Tensor, keep: Tensor | None) -> None:
+        if not any(self.need):
+            return
+        if keep is not None:
+            grad.masked_fill_(~keep[:, None], 0)
+        if self.grad_bias is not None:
+            self.grad_bias += grad.sum(0)
+        grad = self.gemm.round_gradient(grad)
+        if self.grad_input is not None:
+            out = torch.empty_like(h_s)
+            self.gemm.grad_input(grad, self.student.weight, out)
+            self.grad_input[take] = out
+        if self.grad_weight is not None:
+            self.gemm.grad_weight(grad, h_s, self.grad_weight)
+
+    def result(self) -> Result:
+        w, b = self.student.weight, self.student.bias
+        return Result(
+            self.loss.sum(),
+            self.tokens,
+            self.grad_input,
+            None if self.grad_weight is None else self.grad_weight.to(w.dtype),
+            None if self.grad_bias is None or b is None else self.grad_bias.to(b.dtype),
+        )
+
+
+def same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
+    """The same memory read the same way (or both None)."""
+    if a is None or b is None:
+        return a is b
+    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

@@ -1,0 +1,296 @@
+"""Row kernels in PyTorch: from two tiles of raw logits to per-token numbers and dL/dlogits, on any device.
+
+A tile is (C, V) and is walked in blocks of rows that stay in the processor's cache; the gradient is written over the
+student's tile. Letters and formulas are those of the op's README.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .fields import ABSENT_TARGET, DIFFERENTIABLE, FIELDS, Transform
+
+BLOCK_ELEMENTS = 384 * 1024
+SCRATCH_BLOCKS = 5  # e_s, e_t, gap, product, mixture
+STATE = ("max_s", "sum_s", "sum_t", "kl_student_teacher", "student_entropy", "kl_student_mixture")
+# |log p_s - log p_t| beyond this is as good as infinite to a mixture (e^-200 is 0 next to 1), and stays finite.
+GAP_LIMIT = 200.0
+
+
+def block_rows(vocabulary: int) -> int:
+    """Rows in a block, at least one."""
+    return max(1, BLOCK_ELEMENTS // max(vocabulary, 1))
+
+
+def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
+    """Bytes that a call on `count` rows needs beyond the two tiles."""
+    return SCRATCH_BLOCKS * min(block_rows(vocabulary), max(count, 1)) * vocabulary * itemsize
+
+
+def affine_(
+    student: Tensor,  # (C, V) raw logits; receives dL/dlogits if need_grad
+    teacher: Tensor,  # (C, V) raw logits; overwritten
+    target: Tensor | None,  # (C,) int64
+    weights: dict[str, Tensor],  # field -> (C,)
+    old_logprob: Tensor | None,  # (C,)
+    importance_clip: float | None,
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    tokens: Tensor,  # (8, C) receives the fields
+    loss: Tensor,  # (C,) receives ratio * sum_k weights_k field_k
+    need_grad: bool,
+) -> None:
+    """Statistics, token loss and gradient of a tile in one pass over its blocks."""
+    for part in _parts(student, teacher):
+        rows = part.rows
+        labels = None if target is None else target[rows]
+        numbers = _statistics(part, labels, transforms, alpha)
+        _write(numbers, tokens[:, rows])
+        upstream = {name: weight[rows, None] for name, weight in weights.items()}
+        if importance_clip is not None and old_logprob is not None:
+            ratio = (numbers["student_logprob"] - old_logprob[rows, None]).clamp(-20, 20).exp()
+            ratio = ratio.clamp(max=importance_clip)
+            upstream = {name: ratio * weight for name, weight in upstream.items()}
+        loss[rows] = 0.0
+        for name, weight in upstream.items():
+            loss[rows] += _select(weight, weight * numbers[name])[:, 0]
+        if need_grad:
+            _gradient_(part, numbers, labels, upstream, transforms[0], alpha)
+
+
+def divergence_stats(
+    student: Tensor,  # (C, V) raw logits; left pivoted for `divergence_grad_`
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,)
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    tokens: Tensor,  # (8, C) receives the fields
+) -> Tensor:
+    """All fields of a tile, for a token loss that is not known yet; returns what `divergence_grad_` needs of them."""
+    state = student.new_zeros(student.shape[0], len(STATE))
+    for part in _parts(student, teacher):
+        labels = None if target is None else target[part.rows]
+        numbers = _statistics(part, labels, transforms, alpha)
+        _write(numbers, tokens[:, part.rows])
+        for i, name in enumerate(STATE):
+            if name in numbers:
+                state[part.rows, i : i + 1] = numbers[name]
+    return state
+
+
+def divergence_grad_(
+    student: Tensor,  # (C, V) as `divergence_stats` left it; receives dL/dlogits
+    teacher: Tensor,  # (C, V) likewise; overwritten
+    state: Tensor,  # what `divergence_stats` returned
+    target: Tensor | None,  # (C,)
+    upstream: dict[str, Tensor],  # field -> dL/dfield (C,)
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,
+) -> None:
+    """Write dL/dlogits over the student's tile."""
+    for part in _parts(student, teacher):
+        labels = None if target is None else target[part.rows]
+        numbers = {name: state[part.rows, i : i + 1] for i, name in enumerate(STATE)}
+        _exponentials(part)
+        # A -inf or NaN logit poisons this sum; see `_statistics`.
+        part.careful = part.z_s.device.type != "cpu" or bool(part.gap.sum().isnan())
+        if alpha is not None and "jsd" in upstream:
+            _mixture(part, numbers, alpha)
+        _gradient_(part, numbers, labels, {k: g[part.rows, None] for k, g in upstream.items()}, transforms[0], alpha)
+
+
+@dataclass
+class _Part:
+    """A block of rows of both tiles and its scratch, (R, V) each."""
+
+    rows: slice
+    z_s: Tensor  # raw logits, then z - max
+    z_t: Tensor
+    e_s: Tensor  # exp(z - max)
+    e_t: Tensor
+    gap: Tensor  # z_s - z_t, pivoted
+    product: Tensor
+    mixture: Tensor  # log p_s - log m
+    careful: bool = False  # a -inf or NaN is about: select, never multiply by 0
+
+
+def _parts(student: Tensor, teacher: Tensor):
+    count, vocabulary = student.shape
+    step = block_rows(vocabulary)
+    scratch = student.new_empty(SCRATCH_BLOCKS, min(step, count), vocabulary)
+    for start in range(0, count, step):
+        rows = slice(start, min(start + step, count))
+        yield _Part(rows, student[rows], teacher[rows], *scratch[:, : rows.stop - start])
+
+
+def _select(weight: Tensor, value: Tensor) -> Tensor:
+    """`value`, but exactly 0 where `weight` is 0, whatever it holds there."""
+    return value.masked_fill(weight == 0, 0.0)
+
+
+def _expectation(part: _Part, e: Tensor, value: Tensor) -> Tensor:
+    """sum_v e_v value_v, (R, 1)."""
+    torch.mul(e, value, out=part.product)
+    if part.careful:
+        part.product.masked_fill_(e == 0, 0.0)
+    return part.product.sum(-1, keepdim=True)
+
+
+def _transform_(z: Tensor, transform: Transform) -> None:
+    """Raw logits to z in place; -inf survives (the softcap alone would bend it)."""
+    if transform.softcap is not None:
+        absent = z == -math.inf
+        z.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
+        z.masked_fill_(absent, -math.inf)
+    elif transform.slope != 1.0:
+        z.mul_(transform.slope)
+
+
+def _exponentials(part: _Part) -> None:
+    torch.exp(part.z_s, out=part.e_s)
+    torch.exp(part.z_t, out=part.e_t)
+    torch.sub(part.z_s, part.z_t, out=part.gap)
+
+
+def _statistics(
+    part: _Part, labels: Tensor | None, transforms: tuple[Transform, Transform], alpha: float | None
+) -> dict[str, Tensor]:
+    """Pivot both tiles in place; return every field and every entry of STATE as (R, 1)."""
+    _transform_(part.z_s, transforms[0])
+    _transform_(part.z_t, transforms[1])
+    max_s, max_t = part.z_s.amax(-1, keepdim=True), part.z_t.amax(-1, keepdim=True)
+    part.z_s.sub_(max_s)
+    part.z_t.sub_(max_t)
+    _exponentials(part)
+    # On CPU the fast sums are tried first: a -inf turns 0 * -inf into NaN and only then the block is summed with
+    # selection (a pass more). Elsewhere asking would cost a synchronisation, so selection is always on.
+    part.careful = part.z_s.device.type != "cpu"
+    sums = _sums(part)
+    if not part.careful and bool(torch.stack(sums).isnan().any()):
+        part.careful = True
+        sums = _sums(part)
+    sum_s, sum_t, first_s, first_t, gap_s, gap_t = sums
+    log_ratio = (sum_s / sum_t).log()
+    torch.add(part.z_s, part.z_t, out=part.product)
+    numbers = {
+        "max_s": max_s,
+        "sum_s": sum_s,
+        "sum_t": sum_t,
+        "kl_teacher_student": (log_ratio - gap_t / sum_t).clamp_min(0),
+        "kl_student_teacher": (gap_s / sum_s - log_ratio).clamp_min(0),
+        "student_entropy": (sum_s.log() - first_s / sum_s).clamp_min(0),
+        "teacher_entropy": (sum_t.log() - first_t / sum_t).clamp_min(0),
+        # Both pivoted logits are 0 where both have their maximum. 0 * sum carries NaN.
+        "top1_agreement": (part.product.amax(-1, keepdim=True) == 0) + 0 * (sum_s + sum_t),
+    }
+    if alpha is not None:
+        numbers["jsd"] = _jsd(part, numbers, alpha)
+    if labels is not None:
+        numbers["student_logprob"] = _logprob(part.z_s, sum_s, labels)
+        numbers["teacher_logprob"] = _logprob(part.z_t, sum_t, labels)
+    return numbers
+
+
+def _sums(part: _Part) -> tuple[Tensor, ...]:
+    """S_s, S_t, A_s, A_t, B_s, B_t of the README, (R, 1) each."""
+    return (
+        part.e_s.sum(-1, keepdim=True),
+        part.e_t.sum(-1, keepdim=True),
+        _expectation(part, part.e_s, part.z_s),
+        _expectation(part, part.e_t, part.z_t),
+        _expectation(part, part.e_s, part.gap),
+        _expectation(part, part.e_t, part.gap),
+    )
+
+
+def _mixture(part: _Part, numbers: dict[str, Tensor], alpha: float) -> None:
+    """q = log p_s - log p_t into `part.product`, log p_s - log m into `part.mixture`."""
+    q = torch.sub(part.gap, (numbers["sum_s"] / numbers["sum_t"]).log(), out=part.product).clamp_(-GAP_LIMIT, GAP_LIMIT)
+    torch.neg(q, out=part.mixture).add_(math.log(alpha))
+    torch.logaddexp(part.mixture, q.new_tensor(math.log1p(-alpha)), out=part.mixture)
+    part.mixture.neg_()
+
+
+def _jsd(part: _Part, numbers: dict[str, Tensor], alpha: float) -> Tensor:
+    """The generalized JSD, (R, 1), and KL(p_s || m) into `numbers`."""
+    _mixture(part, numbers, alpha)
+    log_p_t_over_m = torch.sub(part.mixture, part.product, out=part.product)
+    kl_teacher = _expectation(part, part.e_t, log_p_t_over_m) / numbers["sum_t"]
+    kl_student = _expectation(part, part.e_s, part.mixture) / numbers["sum_s"]
+    numbers["kl_student_mixture"] = kl_student
+    return (alpha * kl_teacher + (1 - alpha) * kl_student).clamp_min(0)
+
+
+def _logprob(z: Tensor, total: Tensor, labels: Tensor) -> Tensor:
+    """log p[label], (R, 1); 0 where absent, NaN where out of range."""
+    labels = labels[:, None]
+    inside = labels.clamp(0, z.shape[1] - 1)
+    value = (z.gather(1, inside) - total.log()).masked_fill(labels != inside, math.nan)
+    return value.masked_fill(labels == ABSENT_TARGET, 0.0)
+
+
+def _write(numbers: dict[str, Tensor], tokens: Tensor) -> None:
+    for i, name in enumerate(FIELDS):
+        if name in numbers:
+            tokens[i] = numbers[name][:, 0]
+
+
+def _gradient_(
+    part: _Part,
+    numbers: dict[str, Tensor],
+    labels: Tensor | None,
+    upstream: dict[str, Tensor],
+    transform: Transform,
+    alpha: float | None,
+) -> None:
+    """Write dL/dlogits over `part.z_s` (README, "The gradient")."""
+    sum_s, sum_t = numbers["sum_s"], numbers["sum_t"]
+    g_l = upstream.get("student_logprob")
+    if g_l is not None and labels is not None:
+        upstream["student_logprob"] = g_l = g_l.masked_fill(labels[:, None] == ABSENT_TARGET, 0.0)
+    bracket = _bracket(part, numbers, upstream, alpha)
+    out = part.z_s if transform.softcap is None else part.product
+    torch.mul(part.e_s, bracket.mul_(transform.slope / sum_s), out=out)
+    if part.careful:
+        out.masked_fill_(part.e_s == 0, 0.0)
+    if "kl_teacher_student" in upstream:
+        out.addcmul_(part.e_t, upstream["kl_teacher_student"] * (transform.slope / sum_t), value=-1)
+    if g_l is not None and labels is not None:
+        out.scatter_add_(1, labels[:, None].clamp(0, out.shape[1] - 1), g_l * transform.slope)
+    if transform.softcap is not None:  # dc/du = 1 - (c / cap)^2, and 0 at a logit of -inf
+        bend = part.z_s.add_(numbers["max_s"]).mul_(transform.temperature / transform.softcap)
+        bend.square_().neg_().add_(1).clamp_min_(0).mul_(out)
+
+
+def _bracket(part: _Part, numbers: dict[str, Tensor], upstream: dict[str, Tensor], alpha: float | None) -> Tensor:
+    """A + b x - g_r y - g_j (1 - alpha) log m; (R, 1) if it does not depend on v, else (R, V) in `part.gap`."""
+    g_f, g_r, g_j, g_l, g_h = (upstream.get(name) for name in DIFFERENTIABLE)
+    constant = torch.zeros_like(numbers["sum_s"])
+    if g_f is not None:
+        constant += g_f
+    if g_l is not None:
+        constant -= g_l
+    if g_r is not None:
+        constant -= _select(g_r, g_r * numbers["kl_student_teacher"])
+        constant -= g_r * (numbers["sum_s"] / numbers["sum_t"]).log()
+    if g_h is not None:
+        constant -= g_h * (numbers["student_entropy"] - numbers["sum_s"].log())
+    if g_j is None and g_r is None and g_h is None:
+        return constant
+    bracket = part.gap
+    if g_r is None:
+        bracket.zero_()
+    else:
+        bracket.mul_(g_r)
+        if part.careful:
+            bracket.masked_fill_(g_r == 0, 0.0)
+    if g_h is not None:
+        bracket.addcmul_(part.z_s, g_h, value=-1)
+    if g_j is not None and alpha is not None:
+        constant -= (1 - alpha) * g_j * numbers["kl_student_mixture"]
+        bracket.addcmul_(part.mixture, g_j, value=1 - alpha)
+    return bracket.add_(constant)
