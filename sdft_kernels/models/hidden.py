@@ -1,0 +1,118 @@
+"""Last hidden states (after the final norm) of transformers models, whole sequences or completion tokens only."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+# Padded tokens per forward pass. Larger passes gained under 5 % on a 2-core CPU (135M model, 300-token prompts).
+TOKEN_BUDGET = 8192
+
+
+def unwrap_peft(model: nn.Module) -> nn.Module:
+    """The transformers model inside a PEFT model; `model` itself if it is none."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def context_length(model: nn.Module) -> int | None:
+    """Longest sequence the model's configuration allows, in tokens; None where it names no limit."""
+    config = getattr(unwrap_peft(model), "config", None)
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    length = getattr(text, "max_position_embeddings", None)
+    return int(length) if isinstance(length, int) and length > 0 else None
+
+
+def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """Hidden states after the final norm, from the backbone alone: no logits are computed.
+
+    Args:
+        model: a transformers causal language model, or a PEFT model around one.
+        input_ids: (B, T) int64, right-padded or unpadded.
+        attention_mask: (B, T), 1 at real tokens; None if causality alone hides the padding.
+
+    Returns:
+        (B, T, H), differentiable where gradients are enabled.
+
+    Raises:
+        ValueError: the model has no backbone of its own.
+    """
+    base = unwrap_peft(model)
+    backbone = getattr(base, "base_model", base)
+    if backbone is base:
+        raise ValueError(f"{type(base).__name__} has no backbone (base_model) apart from its head")
+    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+
+
+def completion_hidden_states(
+    model: nn.Module,
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    *,
+    token_budget: int = TOKEN_BUDGET,
+) -> Tensor:
+    """Hidden states that predict each completion token, for ragged prompts and completions.
+
+    Sequences are sorted by length into right-padded batches. No attention mask is passed: in a causal model no real
+    token can see the padding to its right, and without a mask attention runs its fast causal path.
+
+    Args:
+        model: a transformers causal language model (or PEFT model); runs in whatever mode it is in.
+        prompts: B token-id lists, none empty.
+        completions: B token-id lists, one per prompt; empty ones contribute nothing.
+        token_budget: padded tokens per forward pass; a longer sequence runs alone.
+
+    Returns:
+        (sum of completion lengths, H), in the order of `completions`; differentiable where gradients are enabled.
+
+    Raises:
+        ValueError: lengths that do not fit, or an empty prompt.
+    """
+    if len(prompts) != len(completions):
+        raise ValueError(f"prompts and completions must pair up, got {len(prompts)} and {len(completions)}")
+    for i, prompt in enumerate(prompts):
+        if not len(prompt):
+            raise ValueError(f"prompts[{i}] is empty; a completion token needs a token before it to be predicted from")
+    device = unwrap_peft(model).get_input_embeddings().weight.device
+    packed, order = [], []
+    for rows in _micro_batches(prompts, completions, token_budget):
+        hidden = hidden_states(model, _right_padded([prompts[i] for i in rows], [completions[i] for i in rows], device))
+        starts = [row * hidden.shape[1] + len(prompts[i]) - 1 for row, i in enumerate(rows)]
+        positions = _ranges(starts, [len(completions[i]) for i in rows])
+        packed.append(hidden.flatten(0, 1).index_select(0, positions.to(device)))
+        order.extend(rows)
+    if not packed:
+        head = unwrap_peft(model).get_output_embeddings().weight
+        return head.new_zeros((0, head.shape[1]))
+    lengths = [len(completion) for completion in completions]
+    offsets = dict(zip(order, itertools.accumulate((lengths[i] for i in order), initial=0), strict=False))
+    in_order = [i for i in range(len(completions)) if lengths[i]]
+    positions = _ranges([offsets[i] for i in in_order], [lengths[i] for i in in_order])
+    return torch.cat(packed).index_select(0, positions.to(device))
+
+
+def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
+    """The integers start, ..., start + length - 1 of every range, one after the other."""
+    return torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+
+
+def _micro_batches(
+    prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]], token_budget: int
+) -> list[list[int]]:
+    """Indices of the non-empty sequences, longest first, in groups of at most `token_budget` padded tokens."""
+    # The last completion token predicts nothing, so it is not fed.
+    lengths = {i: len(p) + len(c) - 1 for i, (p, c) in enumerate(zip(prompts, completions, strict=True)) if len(c)}
+    groups: list[list[int]] = []
+    for i in sorted(lengths, key=lambda i: (-lengths[i], i)):
+        if not groups or (len(groups[-1]) + 1) * lengths[groups[-1][0]] > token_budget:
+            groups.append([])
+        groups[-1].append(i)
+    return groups
+
+
+def _right_padded(prompts: list[Sequence[int]], completions: list[Sequence[int]], device: torch.device) -> Tensor:
+    """(B, T) int64 input ids ; the padding is token 0, which nothing real attends to."""
+    rows = [torch.tensor([*p, *c[:-1]], dtype=torch.int64) for p, c in zip(prompts, completions, strict=True)]
+    return nn.utils.rnn.pad_sequence(rows, batch_first=True).to(device)
