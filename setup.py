@@ -87,7 +87,7 @@ def build_failure() -> str | None:
 
 
 class CopyNative(build_ext):
-    """Hand setuptools the libraries that CMake has built: one Extension each, so that every kind of install knows it."""
+    """Hand setuptools the libraries CMake has built: one Extension each, so that every kind of install knows it."""
 
     def build_extension(self, ext: Extension) -> None:
         out = Path(self.get_ext_fullpath(ext.name))
@@ -96,7 +96,7 @@ class CopyNative(build_ext):
 
 
 class BuildPy(build_py):
-    """Ship the stub of `_host`, or the reason why there is nothing to stub (`python -m sdft_kernels env` repeats it)."""
+    """Ship the stub of `_host`, or the reason why there is nothing to stub (`sdft-kernels env` repeats it)."""
 
     def run(self) -> None:
         super().run()

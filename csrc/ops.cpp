@@ -1,6 +1,4 @@
 // Schemas of the compiled operators. A fragment: the operators written in Python live in the same namespace.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
-  m.def("ema_update_(Tensor(a!) ema, Tensor param, float rate) -> ()");
-}
+STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) { m.def("ema_update_(Tensor(a!) ema, Tensor param, float rate) -> ()"); }

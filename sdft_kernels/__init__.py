@@ -1,9 +1,9 @@
 """Fused kernels for Self-Distillation Fine-Tuning (SDFT, arXiv 2601.19897).
 
-Letters, fixed for the whole package: N tokens; V vocabulary; H (H_t) hidden size of student (teacher); K top-k; P prefix
-length; L suffix length; R rollouts (completions) per prompt; D head size; Hq/Hkv query/key heads; C tokens in a chunk;
-G one LM-head GEMM, 2*N*V*H FLOP. p_s, p_t: softmaxes of student and teacher after scale, softcap and temperature, in that
-order: a = h W^T + bias; u = scale*a; c = cap*tanh(u/cap), or u without a cap; z = c/temperature.
+Letters, fixed for the whole package: N tokens; V vocabulary; H (H_t) hidden size of student (teacher); K top-k; P
+prefix length; L suffix length; R rollouts (completions) per prompt; D head size; Hq/Hkv query/key heads; C tokens in a
+chunk; G one LM-head GEMM, 2*N*V*H FLOP. p_s, p_t: softmaxes of student and teacher after scale, softcap, temperature,
+in that order: a = h W^T + bias; u = scale*a; c = cap*tanh(u/cap), or u without a cap; z = c/temperature.
 
 `alpha` is that of TRL's SDFT: 0 = KL(p_t||p_s), 1 = KL(p_s||p_t), between = generalized Jensen-Shannon divergence
 alpha*KL(p_t||m) + (1-alpha)*KL(p_s||m) with the mixture m = (1-alpha)*p_s + alpha*p_t. The ends are special cases, not

@@ -1,4 +1,4 @@
-"""The compiled parts, `_ops` (operators over torch's stable ABI) and `_host` (pybind11): the only module that knows them.
+"""The compiled parts: `_ops` (operators over torch's stable ABI) and `_host` (pybind11). Only this module knows them.
 
 Both are optional and loaded on first use. Everything here works without them.
 """
@@ -118,4 +118,3 @@ def _not_built() -> str:
 def _first_line(error: BaseException) -> str:
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__
-

@@ -33,9 +33,8 @@ template <typename param_t>
 void launch_ema_update(Tensor& ema, const Tensor& param, float rate) {
   auto* ema_data = static_cast<float*>(ema.mutable_data_ptr());
   const auto* param_data = static_cast<const param_t*>(param.const_data_ptr());
-  torch::stable::parallel_for(0, ema.numel(), GRAIN_ELEMENTS, [&](int64_t begin, int64_t end) {
-    ema_update(ema_data, param_data, rate, begin, end);
-  });
+  torch::stable::parallel_for(0, ema.numel(), GRAIN_ELEMENTS,
+                              [&](int64_t begin, int64_t end) { ema_update(ema_data, param_data, rate, begin, end); });
 }
 
 void ema_update_cpu(Tensor ema, const Tensor& param, double rate) {
