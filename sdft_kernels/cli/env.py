@@ -1,0 +1,184 @@
+"""``sdft-kernels env``: everything a bug report needs, in one paste. Works without torch."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from sdft_kernels._version import __version__
+
+HELP = "Print versions, hardware and the implementation of every op: paste it when reporting a bug."
+
+OPS = ("linear_divergence", "linear_divergence_loss")
+
+# Distribution names, in the order of how often a bug report hinges on them.
+PACKAGES = (
+    "torch",
+    "triton",
+    "transformers",
+    "accelerate",
+    "peft",
+    "trl",
+    "liger-kernel",
+    "flash-attn",
+    "safetensors",
+    "numpy",
+    "tqdm",
+    "rich",
+    "matplotlib",
+)
+
+# What decides which CPU kernels can run: wide vectors, and bf16 matrix products in hardware.
+CPU_FLAGS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "bf16", "sve")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of ``env`` to `parser`."""
+    parser.epilog = "example:\n  sdft-kernels env --json > env.json"
+    parser.add_argument("--json", action="store_true", help="print JSON instead of text")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the report; 0 unless it cannot be printed."""
+    report = collect()
+    print(json.dumps(report, indent=2) if args.json else format_text(report))
+    return 0
+
+
+def collect() -> dict[str, Any]:
+    """Return the report as plain JSON types; what is absent is None or says why."""
+    return {
+        "sdft_kernels": __version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "packages": {name: package_version(name) for name in PACKAGES},
+        "cpu": cpu_report(),
+        "gpu": gpu_report(),
+        "native": native_report(),
+        "implementations": implementation_report(),
+        "environment": {name: os.environ[name] for name in sorted(os.environ) if name.startswith("SDFT_")},
+    }
+
+
+def package_version(distribution: str) -> str | None:
+    """Return the installed version of `distribution`, or None; imports nothing."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def cpu_model() -> tuple[str, list[str]]:
+    """Return the CPU's name and those of `CPU_FLAGS` it has (both from Linux's cpuinfo; elsewhere name only)."""
+    fields: dict[str, str] = {}
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    for line in lines:
+        key, _, value = line.partition(":")
+        fields.setdefault(key.strip().lower(), value.strip())
+    flags = set((fields.get("flags") or fields.get("features") or "").split())
+    return fields.get("model name") or platform.processor() or "unknown", [f for f in CPU_FLAGS if f in flags]
+
+
+def cpu_report() -> dict[str, Any]:
+    """Return the CPU's name, the cores this process may use, its vector units and torch's view of both."""
+    name, flags = cpu_model()
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    report: dict[str, Any] = {"name": name, "cores": cores, "flags": flags}
+    try:
+        import torch
+    except ImportError:
+        return report
+    return report | {
+        "torch_capability": torch.backends.cpu.get_cpu_capability(),
+        "torch_threads": torch.get_num_threads(),
+    }
+
+
+def gpu_report() -> dict[str, Any]:
+    """Return torch's CUDA build, the driver and every visible GPU."""
+    try:
+        import torch
+    except ImportError as error:
+        return {"devices": [], "reason": f"torch cannot be imported: {error}"}
+    if not torch.cuda.is_available():
+        built = torch.version.cuda or torch.version.hip
+        reason = "no GPU visible" if built else "torch is a CPU build"
+        return {"devices": [], "reason": reason, "torch_cuda": built}
+    devices = []
+    for index in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(index)
+        devices.append(
+            {
+                "name": properties.name,
+                "capability": f"{properties.major}.{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return {"devices": devices, "torch_cuda": torch.version.cuda or torch.version.hip, "driver": driver_version()}
+
+
+def driver_version() -> str | None:
+    """Return the NVIDIA driver's version, None if ``nvidia-smi`` is absent or does not answer."""
+    if shutil.which("nvidia-smi") is None:
+        return None
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return answer.splitlines()[0].strip() if answer.strip() else None
+
+
+def native_report() -> dict[str, Any]:
+    """Return whether the native extension is loaded, else why not, and how it was built."""
+    try:
+        from sdft_kernels import _native
+
+        if not _native.has_native():
+            return {"built": False, "reason": _native.why_not()}
+        return {"built": True, "build_info": _native.build_info()}
+    except ImportError as error:
+        return {"built": False, "reason": str(error)}
+
+
+def implementation_report() -> dict[str, dict[str, str]]:
+    """Return, per op, what ``impl="auto"`` runs here and what every named implementation answers."""
+    from sdft_kernels import _dispatch
+
+    return {op: {"auto": _dispatch.resolve("auto", op), **_dispatch.available(op)} for op in OPS}
+
+
+def format_text(report: dict[str, Any]) -> str:
+    """Return `report` as aligned ``name: value`` lines, one fact a line."""
+    lines = ["Copy and paste this when reporting a bug.", ""]
+    facts: list[tuple[str, str]] = [(name, report[name]) for name in ("sdft_kernels", "python", "os")]
+    facts += [(name, version or "not installed") for name, version in report["packages"].items()]
+    cpu = report["cpu"]
+    facts.append(("CPU", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['flags']) or 'flags unknown'}"))
+    if "torch_capability" in cpu:
+        facts.append(("CPU in torch", f"{cpu['torch_capability']}, {cpu['torch_threads']} threads"))
+    gpu = report["gpu"]
+    for index, device in enumerate(gpu["devices"]):
+        text = f"{device['name']}, sm {device['capability']}, {device['memory_gib']} GiB"
+        facts.append((f"GPU {index}", f"{text}, CUDA {gpu['torch_cuda']}, driver {gpu['driver'] or 'unknown'}"))
+    if not gpu["devices"]:
+        facts.append(("GPU", f"none ({gpu['reason']})"))
+    native = report["native"]
+    built = ", ".join(f"{key}={value}" for key, value in native.get("build_info", {}).items())
+    facts.append(("native extension", f"built ({built})" if native["built"] else f"not built ({native['reason']})"))
+    for op, answers in report["implementations"].items():
+        facts.append((op, f"auto → {answers['auto']}"))
+        facts += [(f"  {name}", answer) for name, answer in answers.items() if name != "auto"]
+    facts += list(report["environment"].items()) or [("SDFT_* variables", "none set")]
+    width = max(len(name) for name, _ in facts)
+    return "\n".join([*lines, *(f"{name.ljust(width)} : {value}" for name, value in facts)])
