@@ -85,7 +85,10 @@ def make_divergence_inputs(
     target = favourites[:, 0].clone()
     if tokens > 2:
         target[2] = -100
-    biases = [0.3 * normal(vocabulary), 0.3 * normal(vocabulary)] if bias else [None, None]
+    biases: list[Tensor | None] = [None, None]
+    if bias:
+        student_bias = 0.3 * normal(vocabulary)
+        biases = [student_bias, student_bias + 0.3 * gap * normal(vocabulary)]
     keep = torch.rand(tokens, generator=g) < 0.7 if mask else None
     drawn = DivergenceInputs(state, weight, other, other_weight, target, keep, *biases)
     return drawn.to(dtype, device)
