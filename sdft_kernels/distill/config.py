@@ -1,0 +1,88 @@
+"""`SDFTConfig`: transformers' TrainingArguments and what self-distillation adds, under TRL's field names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from transformers import TrainingArguments
+
+from sdft_kernels.distill.rollouts import check_kind
+from sdft_kernels.distill.teacher import ALIASES, KINDS, LATER_KINDS
+from sdft_kernels.distill.templates import resolve_template
+
+
+def _option(default: Any, text: str) -> Any:
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class SDFTConfig(TrainingArguments):
+    """Arguments of `SDFTTrainer`. Names are TRL's where TRL has one; defaults are those of the released SDFT code.
+
+    `per_device_train_batch_size` counts prompts; each has `num_generations` completions (TRL counts completions).
+
+    Raises:
+        ValueError: a value out of range, an unknown teacher, rollouts or template.
+        NotImplementedError: a feature of TRL's trainer or of a later version, by name.
+    """
+
+    learning_rate: float = _option(2e-5, "Initial learning rate.")
+    logging_steps: float = _option(1, "Log every so many optimizer steps.")
+    remove_unused_columns: bool | None = _option(False, "Must stay False: the model's forward names none of the columns.")
+    model_init_kwargs: dict[str, Any] | str | None = _option(
+        None, "Keyword arguments of from_pretrained where the model is given as a string."
+    )
+    disable_dropout: bool = _option(True, "Switch dropout off in student and teacher.")
+    max_prompt_length: int | None = _option(None, "A longer student prompt is an error; nothing is truncated.")
+    num_generations: int = _option(1, "Completions per prompt.")
+    max_completion_length: int = _option(256, "Tokens of a sampled completion at most.")
+    generation_batch_size: int | None = _option(
+        None, "Completions generated at once. None: all of an optimizer step's on this device."
+    )
+    temperature: float = _option(1.0, "Of sampling, and of both distributions in the loss.")
+    top_p: float = _option(1.0, "Nucleus of the sampling; 1 is the whole distribution.")
+    top_k: int = _option(0, "Tokens the sampling chooses from; 0 is all.")
+    generation_kwargs: dict[str, Any] | str | None = _option(None, "Further arguments of generate.")
+    chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Arguments of apply_chat_template.")
+    rollouts: str = _option("student", "Where completions come from: student, teacher, dataset or given.")
+    loss: str = _option("kl", "kl, or ce: cross-entropy on the completions without a teacher.")
+    teacher_model_kind: str | None = _option(
+        None, "frozen (TRL: base), live or ema. None: frozen under LoRA, else ema."
+    )
+    teacher_update_rate: float = _option(0.01, "Share of the student in every EMA update.")
+    teacher_device: str | None = _option(None, "Where the fp32 EMA state lives ('cpu'). None: beside the parameters.")
+    teacher_prompt_template: str = _option(
+        "turn", "turn, paper, trl, or a string with {prompt} and {privileged_context}."
+    )
+    distillation_alpha: float = _option(0.0, "0: KL(teacher||student); 1: KL(student||teacher); between: JSD.")
+    distillation_mode: str = _option("full_logits", "Only full_logits (the whole vocabulary, without logits).")
+    distillation_is_clip: float | None = _option(None, "Upper limit of the per-token importance ratio; None: no ratio.")
+    num_loss_tokens_to_skip: int = _option(3, "Completion tokens left out of the loss at its start.")
+    loss_memory_budget: int | None = _option(None, "Bytes the fused loss may use; None: the op's default.")
+    forward_token_budget: int = _option(8192, "Padded tokens per forward pass of the backbone.")
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs",
+                          "chat_template_kwargs"]  # fmt: skip
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_kind(self.rollouts)
+        resolve_template(self.teacher_prompt_template)
+        kind = ALIASES.get(self.teacher_model_kind, self.teacher_model_kind)
+        if kind in LATER_KINDS:
+            raise NotImplementedError(f"teacher_model_kind={kind!r} is not supported yet; use one of {KINDS}")
+        if kind is not None and kind not in KINDS:
+            raise ValueError(f"teacher_model_kind must be one of {KINDS} or None, got {self.teacher_model_kind!r}")
+        if self.distillation_mode != "full_logits":
+            raise NotImplementedError(
+                f"distillation_mode={self.distillation_mode!r} is not supported yet; 'full_logits' distills the whole "
+                "vocabulary"
+            )
+        if self.remove_unused_columns:
+            raise ValueError("remove_unused_columns must be False: it would drop prompt and privileged_context")
+        for name in ("num_generations", "max_completion_length", "forward_token_budget"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be positive, got {self.temperature}")

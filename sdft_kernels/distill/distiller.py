@@ -1,0 +1,297 @@
+"""`SelfDistiller`: student pass, teacher pass, fused loss, metrics. No trainer, no data, no generation."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from sdft_kernels.distill.batch import DistillBatch, FlatBatch
+from sdft_kernels.distill.metrics import token_metrics
+from sdft_kernels.distill.teacher import EMATeacher, ModelTeacher, Teacher, make_teacher
+from sdft_kernels.divergence import (
+    AffineTokenLoss,
+    TokenDivergence,
+    linear_divergence,
+    linear_divergence_loss,
+    sdft_token_loss,
+)
+from sdft_kernels.models import HeadSpec, completion_hidden_states, context_length, head_spec, verify_head
+from sdft_kernels.models.hidden import TOKEN_BUDGET
+
+
+class DistillOutput(NamedTuple):
+    """What a `SelfDistiller` returns.
+
+    Attributes:
+        loss: 0-d, differentiable.
+        metrics: detached 0-d tensors by name (nats; means over the tokens in the loss).
+        tokens: per-token numbers of the batch, (N,) each, packed over completions.
+    """
+
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    tokens: TokenDivergence
+
+
+class SelfDistiller:
+    """Self-distillation of a transformers causal language model, for any training loop.
+
+        distiller = SelfDistiller(model)
+        distiller.attach(optimizer)
+        out = distiller(batch)
+        out.loss.backward(); optimizer.step()
+
+    The loss is the mean over a completion's tokens, then over the completions of the batch (the released SDFT code and
+    TRL): token weights 1 / (length * completions). A completion whose tokens are all masked still counts; a batch
+    without a token gives 0, connected to the graph. No logits are materialised.
+
+    Args:
+        model: the student; the caller owns its mode, device and dtype. PEFT models (LoRA on the backbone) are fine.
+        teacher: see `make_teacher`: None (frozen under LoRA, else ema), "frozen", "live", "ema", a model, a `Teacher`.
+        ema_rate: share of the student in every EMA update.
+        ema_device: where the fp32 EMA state lives; None is beside the parameters.
+        alpha: 0 is KL(teacher || student), the paper's code; 1 is KL(student || teacher); between, the generalized JSD.
+        temperature: of both distributions.
+        skip_first_tokens: completion tokens left out at the start of every completion (the paper's code: 3).
+        importance_clip: upper limit of the per-token ratio exp(student - old_logprobs); None is no ratio.
+        sampling_clip: upper limit of exp(old - sampling_logprobs) before its mean over the completion (paper's code: 2).
+        loss: "kl", or "ce": cross-entropy on the completions through the same op, without a teacher pass.
+        token_loss: replaces `alpha`: an `AffineTokenLoss` with float weights, or a callable (tokens, index) -> (C,),
+            elementwise over tokens. Multiplied by the token weights above.
+        memory_budget: bytes the fused loss may use; None is the op's default.
+        token_budget: padded tokens per forward pass of the backbone.
+        impl: of the op, "auto" or by name.
+        verify: compare the head with the model's own logits on four tokens now (`verify_head`).
+
+    Raises:
+        ValueError, NotImplementedError: from `head_spec`, `verify_head` and `make_teacher`; vocabularies that differ.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: str | nn.Module | Teacher | None = None,
+        ema_rate: float = 0.01,
+        alpha: float = 0.0,
+        temperature: float = 1.0,
+        skip_first_tokens: int = 3,
+        importance_clip: float | None = None,
+        *,
+        ema_device: torch.device | str | None = None,
+        sampling_clip: float = 2.0,
+        loss: Literal["kl", "ce"] = "kl",
+        token_loss: AffineTokenLoss | Any | None = None,
+        memory_budget: int | None = None,
+        token_budget: int = TOKEN_BUDGET,
+        impl: str = "auto",
+        verify: bool = True,
+    ) -> None:
+        _check_options(alpha, temperature, skip_first_tokens, importance_clip, sampling_clip, loss, token_loss)
+        if verify:
+            verify_head(model)
+        self.model = model
+        self.teacher = make_teacher(model, teacher, ema_rate=ema_rate, device=ema_device)
+        if isinstance(self.teacher, ModelTeacher):
+            _check_vocabulary(head_spec(model), self.teacher.head())
+        self.alpha, self.temperature, self.skip_first_tokens = float(alpha), float(temperature), skip_first_tokens
+        self.importance_clip, self.sampling_clip = importance_clip, sampling_clip
+        self.loss, self.token_loss = loss, token_loss
+        self.op_options: dict[str, Any] = dict(temperature=self.temperature, memory_budget=memory_budget, impl=impl)
+        self.token_budget = token_budget
+        self._handle: Any = None
+        self._training_forwards = 0
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Update the teacher after every step of `optimizer`; replaces an earlier attachment.
+
+        A step that a `GradScaler` skips does not count, whether the scaler leaves out the step or (fused optimizers)
+        the optimizer itself does.
+        """
+        self.detach()
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def detach(self) -> None:
+        """Undo `attach`."""
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+
+    def _after_step(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler while a fused optimizer steps
+        if found_inf is None or not found_inf.item():
+            self.teacher.update()
+
+    def __call__(self, batch: DistillBatch, num_completions: int | None = None) -> DistillOutput:
+        """Loss and metrics of one batch.
+
+        Args:
+            batch: the completions and both prompts.
+            num_completions: divisor of the sum over completions, for gradient accumulation: the completions of all
+                micro-batches together. None is this batch's own.
+
+        Raises:
+            ValueError: a sequence longer than a model's context, a missing teacher prompt.
+            RuntimeError: an EMA teacher that was never attached to an optimizer, at the second training forward.
+        """
+        self._check_attached()
+        if self.loss == "kl" and batch.teacher_prompts is None:
+            raise ValueError("teacher_prompts is None; only loss='ce' does without")
+        batch.check_context(context_length(self.model), context_length(self.teacher.model))
+        flat = batch.flatten()
+        head = head_spec(self.model)
+        device = head.weight.device
+        target = torch.tensor([t for c in flat.completions for t in c], dtype=torch.int64, device=device)
+        mask = self._mask(flat, device)
+        teacher_input, teacher_head = self._teacher_pass(flat)
+        student_input = completion_hidden_states(
+            self.model, flat.student_prompts, flat.completions, token_budget=self.token_budget
+        )
+        if teacher_input is None:
+            # Cross-entropy reads only the student's numbers: it stands in as its own teacher, no second pass.
+            teacher_input, teacher_head = student_input.detach(), head
+        heads = head.kwargs("student") | teacher_head.kwargs("teacher") | self.op_options
+        inputs = (student_input, head.weight, teacher_input, teacher_head.weight, target)
+        heads.pop("student_weight"), heads.pop("teacher_weight")
+        weight, ratio = self._token_weights(flat, mask, num_completions, inputs, heads)
+        loss, tokens = linear_divergence_loss(
+            *inputs, mask=mask, token_loss=self._token_loss(flat, weight), **heads
+        )
+        if not len(target):
+            loss = loss + self._zero_with_graph()
+        metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
+        return DistillOutput(loss, metrics, tokens)
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The teacher's state; the student's is the model's own."""
+        return self.teacher.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore `state_dict`; raises ValueError where it does not fit."""
+        self.teacher.load_state_dict(state)
+
+    def _check_attached(self) -> None:
+        if not (torch.is_grad_enabled() and self.model.training):
+            return
+        self._training_forwards += 1
+        if self._training_forwards > 1 and self._handle is None and isinstance(self.teacher, EMATeacher):
+            raise RuntimeError(
+                "the EMA teacher follows no optimizer: call distiller.attach(optimizer) before training "
+                "(or choose teacher='frozen')"
+            )
+
+    def _teacher_pass(self, flat: FlatBatch) -> tuple[Tensor | None, HeadSpec | None]:
+        if self.loss == "ce":
+            return None, None
+        with self.teacher.active() as model:
+            hidden = completion_hidden_states(
+                model, flat.teacher_prompts, flat.completions, token_budget=self.token_budget
+            )
+        return hidden, self.teacher.head()
+
+    def _mask(self, flat: FlatBatch, device: torch.device) -> Tensor:
+        """(N,) bool: tokens in the loss."""
+        position = [i for length in flat.lengths for i in range(length)]
+        mask = torch.tensor(position, dtype=torch.int64, device=device) >= self.skip_first_tokens
+        if flat.loss_mask is not None:
+            mask = mask & torch.tensor(flat.loss_mask, dtype=torch.bool, device=device)
+        return mask
+
+    @torch.no_grad()
+    def _token_weights(
+        self, flat: FlatBatch, mask: Tensor, num_completions: int | None, inputs: tuple, options: dict
+    ) -> tuple[Tensor, Tensor | None]:
+        """((N,) fp32 weights 1 / (length * completions), times the caller's; (N,) truncated sampling ratio or None)."""
+        lengths = torch.tensor(flat.lengths, dtype=torch.int64, device=mask.device)
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=mask.device), lengths)
+        counted = _sum_by(mask.float(), sequence, len(lengths)).clamp(min=1)
+        weight = 1.0 / (counted[sequence] * max(num_completions or len(lengths), 1))
+        if flat.weights is not None:
+            weight = weight * torch.tensor(flat.weights, device=mask.device)
+        if flat.sampling_logprobs is None:
+            return weight, None
+        old = flat.old_logprobs
+        if old is None:
+            tokens = linear_divergence(*inputs, outputs=("student_logprob",), **options)
+            old_logprob = tokens.student_logprob.float()
+        else:
+            old_logprob = torch.tensor(old, device=mask.device)
+        gap = old_logprob - torch.tensor(flat.sampling_logprobs, device=mask.device)
+        truncated = gap.clamp(-20, 20).exp().clamp(max=self.sampling_clip)
+        per_sequence = _sum_by(truncated, sequence, len(lengths)) / lengths.clamp(min=1)
+        ratio = per_sequence[sequence]
+        return weight * ratio, ratio
+
+    def _token_loss(self, flat: FlatBatch, weight: Tensor) -> Any:
+        old = None
+        if self.importance_clip is not None and flat.old_logprobs is not None:
+            old = torch.tensor(flat.old_logprobs, device=weight.device)
+        clip = None if old is None else self.importance_clip
+        if self.token_loss is None and self.loss == "ce":
+            return AffineTokenLoss(student_logprob=-weight, old_logprob=old, importance_clip=clip)
+        if self.token_loss is None:
+            return sdft_token_loss(self.alpha, weight, old, clip)
+        if isinstance(self.token_loss, AffineTokenLoss):
+            scaled = {name: value * weight for name, value in self.token_loss.weights().items()}
+            return AffineTokenLoss(**scaled, alpha=self.token_loss.alpha, old_logprob=old, importance_clip=clip)
+        custom = self.token_loss
+        return lambda tokens, index: custom(tokens, index) * weight[index]
+
+    def _importance(self, flat: FlatBatch, tokens: TokenDivergence, ratio: Tensor | None) -> Tensor | None:
+        """(N,) importance weights in use, or None."""
+        if self.importance_clip is None or flat.old_logprobs is None:
+            return ratio
+        gap = tokens.student_logprob - torch.tensor(flat.old_logprobs, device=tokens.student_logprob.device)
+        clipped = gap.clamp(-20, 20).exp().clamp(max=self.importance_clip)
+        return clipped if ratio is None else clipped * ratio
+
+    def _zero_with_graph(self) -> Tensor:
+        """0 connected to every trained parameter: backward and gradient synchronisation run as in any other step."""
+        return sum(p.flatten()[:0].sum() for p in self.model.parameters() if p.requires_grad)
+
+
+def _sum_by(values: Tensor, group: Tensor, groups: int) -> Tensor:
+    return torch.zeros(groups, dtype=values.dtype, device=values.device).index_add_(0, group, values)
+
+
+def _check_vocabulary(student: HeadSpec, teacher: HeadSpec) -> None:
+    if student.weight.shape[0] != teacher.weight.shape[0]:
+        raise ValueError(
+            f"student and teacher must share a vocabulary, got {student.weight.shape[0]} and {teacher.weight.shape[0]} "
+            "tokens"
+        )
+
+
+def _check_options(
+    alpha: float,
+    temperature: float,
+    skip_first_tokens: int,
+    importance_clip: float | None,
+    sampling_clip: float,
+    loss: str,
+    token_loss: Any,
+) -> None:
+    if not 0 <= alpha <= 1:
+        raise ValueError(f"alpha must be within [0, 1], got {alpha}")
+    if skip_first_tokens < 0 or not isinstance(skip_first_tokens, int):
+        raise ValueError(f"skip_first_tokens must be a non-negative int, got {skip_first_tokens!r}")
+    for name, value in (
+        ("temperature", temperature),
+        ("importance_clip", importance_clip),
+        ("sampling_clip", sampling_clip),
+    ):
+        if value is not None and not value > 0:
+            raise ValueError(f"{name} must be positive, got {value}")
+    if loss not in ("kl", "ce"):
+        raise ValueError(f"loss must be 'kl' or 'ce', got {loss!r}")
+    if token_loss is not None and loss == "ce":
+        raise ValueError("token_loss and loss='ce' exclude each other")
+    if token_loss is not None and not callable(token_loss) and not isinstance(token_loss, AffineTokenLoss):
+        raise TypeError(f"token_loss must be an AffineTokenLoss or a callable, got {type(token_loss).__name__}")
+    if isinstance(token_loss, AffineTokenLoss):
+        if token_loss.mean or token_loss.old_logprob is not None:
+            raise ValueError("token_loss: leave out mean and old_logprob, which the distiller supplies per batch")
+        if any(isinstance(value, Tensor) for value in token_loss.weights().values()):
+            raise ValueError("token_loss: give float weights; per-token ones belong into DistillBatch.weights")

@@ -1,0 +1,355 @@
+"""`SDFTTrainer`: transformers' Trainer with rollouts and the self-distillation loss.
+
+Checkpoints, resume, logging, schedules, callbacks and mixed precision are the Trainer's. Completions depend on the
+seed, the step and the process alone, so a resumed run samples what an uninterrupted one would have.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
+
+from sdft_kernels.distill.batch import DistillBatch
+from sdft_kernels.distill.config import SDFTConfig
+from sdft_kernels.distill.data import PromptEncoder, check_columns
+from sdft_kernels.distill.distiller import DistillOutput, SelfDistiller
+from sdft_kernels.distill.rollouts import (
+    Completions,
+    RolloutFunction,
+    call_rollouts,
+    check_kind,
+    generate_completions,
+    stop_token_ids,
+)
+from sdft_kernels.distill.running import RunningMetrics
+from sdft_kernels.models import context_length
+
+TEACHER_FILE = "teacher.safetensors"
+Rows = list[dict[str, Any]]
+
+
+class SDFTTrainer(Trainer):
+    """Self-distillation fine-tuning (arXiv 2601.19897) of a causal language model.
+
+    Args:
+        model: a transformers model, a PEFT model (LoRA on the backbone), or a name or folder to load.
+        args: an `SDFTConfig`.
+        train_dataset, eval_dataset: anything with `__len__` and `__getitem__` giving rows with the columns `prompt` (a
+            string or chat messages ending in a user turn) and `privileged_context` (the demonstration: a string or
+            chat messages). `rollouts="dataset"` takes the completion from a column `completion` where there is one,
+            else from the demonstration; `rollouts="given"` needs `completion_ids` (R token-id lists) and uses
+            `sampling_logprobs` where there is such a column.
+        processing_class: the tokenizer; None loads it from the model's folder.
+        rollouts: a callable (prompts, n) -> completions[, sampling log-probabilities] in place of `args.rollouts`.
+        teacher: a model or `Teacher` in place of `args.teacher_model_kind`.
+        peft_config: wraps the model with PEFT.
+        callbacks, optimizers: as in Trainer.
+
+    Evaluation gives `eval_loss` and the metrics of a batch on completions of the held-out prompts, and
+    `eval_expert_logprob`, the student's mean log-probability per token of the expert's completion.
+
+    Raises:
+        ValueError: a missing column; whatever `SelfDistiller` refuses.
+        NotImplementedError: FSDP and DeepSpeed.
+    """
+
+    loss_is_scaled_for_ga = True
+
+    def __init__(
+        self,
+        model: str | nn.Module,
+        args: SDFTConfig,
+        train_dataset: Any = None,
+        eval_dataset: Any = None,
+        processing_class: Any = None,
+        *,
+        rollouts: RolloutFunction | None = None,
+        teacher: Any = None,
+        peft_config: Any = None,
+        callbacks: list[Any] | None = None,
+        optimizers: tuple[Any, Any] = (None, None),
+    ) -> None:
+        self.rollouts = rollouts if rollouts is not None else args.rollouts
+        check_kind(self.rollouts)
+        for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
+            if dataset is not None and len(dataset):
+                check_columns(dataset[0], extra=("completion_ids",) if self.rollouts == "given" else ())
+        model, processing_class = _load(model, processing_class, args, peft_config)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=list,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            callbacks=callbacks,
+            optimizers=optimizers,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError("SDFTTrainer does not run under FSDP or DeepSpeed yet; use one device, or DDP")
+        self.args._n_gpu = min(self.args.n_gpu, 1)  # several visible GPUs: DDP by launcher, never DataParallel
+        self.model_accepts_loss_kwargs = True  # transformers before 5.20 reads this in place of loss_is_scaled_for_ga
+        sampled = callable(self.rollouts) or self.rollouts in ("student", "teacher")
+        self.encoder = PromptEncoder(
+            tokenizer=processing_class,
+            template=args.teacher_prompt_template,
+            chat_template_kwargs=args.chat_template_kwargs,
+            max_prompt_length=args.max_prompt_length,
+            context_length=context_length(model),
+            completion_reserve=args.max_completion_length if sampled else 0,
+        )
+        self.distiller = SelfDistiller(
+            model,
+            teacher if teacher is not None else ("live" if args.loss == "ce" else args.teacher_model_kind),
+            ema_rate=args.teacher_update_rate,
+            ema_device=args.teacher_device,
+            alpha=args.distillation_alpha,
+            temperature=args.temperature,
+            skip_first_tokens=args.num_loss_tokens_to_skip,
+            importance_clip=args.distillation_is_clip,
+            loss=args.loss,
+            memory_budget=args.loss_memory_budget,
+            token_budget=args.forward_token_budget,
+        )
+        self._expert = SelfDistiller(model, "live", skip_first_tokens=0, loss="ce", verify=False)
+        self._running = {"train": RunningMetrics(), "eval": RunningMetrics()}
+        self._eval_batches = 0
+
+    # Rollouts and batches
+
+    def get_batch_samples(
+        self, epoch_iterator: Iterator[Rows], num_batches: int, device: torch.device
+    ) -> tuple[list[DistillBatch], int]:
+        """The micro-batches of one optimizer step, sampled together, and the completions in them over all processes."""
+        micro_batches = list(itertools.islice(epoch_iterator, num_batches))
+        batches = self._batches(micro_batches, self._seed(self.state.global_step))
+        count = torch.tensor(sum(map(len, batches)), device=device)
+        return batches, int(self.accelerator.gather(count).sum())
+
+    def _batches(self, micro_batches: list[Rows], seed: int) -> list[DistillBatch]:
+        rows = [row for micro_batch in micro_batches for row in micro_batch]
+        for row in rows:
+            check_columns(row)
+        student = self.encoder.student(rows)
+        teacher = self.encoder.teacher(rows) if self.args.loss == "kl" or self.rollouts == "teacher" else None
+        completions, logprobs = self._completions(rows, student, teacher, seed)
+        batches, start = [], 0
+        for micro_batch in micro_batches:
+            part = slice(start, start + len(micro_batch))
+            start = part.stop
+            batches.append(
+                DistillBatch(
+                    student[part],
+                    teacher[part] if teacher is not None else None,
+                    completions[part],
+                    sampling_logprobs=logprobs[part] if logprobs is not None else None,
+                )
+            )
+        return batches
+
+    def _completions(
+        self, rows: Rows, student: list[list[int]], teacher: list[list[int]] | None, seed: int
+    ) -> tuple[Completions, list[Any] | None]:
+        if callable(self.rollouts):
+            return call_rollouts(self.rollouts, student, self.args.num_generations)
+        if self.rollouts == "dataset":
+            return [[completion] for completion in self.encoder.expert(rows)], None
+        if self.rollouts == "given":
+            logprobs = [row.get("sampling_logprobs") for row in rows]
+            return [row["completion_ids"] for row in rows], None if None in logprobs else logprobs
+        if self.rollouts == "teacher":
+            with self.distiller.teacher.active() as model:
+                return self._generate(model, teacher, seed), None
+        return self._generate(self.model, student, seed), None
+
+    def _generate(self, model: nn.Module, prompts: list[list[int]], seed: int) -> Completions:
+        args = self.args
+        return generate_completions(
+            model,
+            prompts,
+            args.num_generations,
+            max_completion_length=args.max_completion_length,
+            eos_token_ids=stop_token_ids(model, self.processing_class),
+            temperature=args.temperature,
+            seed=seed,
+            batch_size=args.generation_batch_size,
+            generation_kwargs={"top_p": args.top_p, "top_k": args.top_k, **(args.generation_kwargs or {})},
+        )
+
+    def _seed(self, step: int, evaluation: bool = False) -> int:
+        entropy = [self.args.seed, step, self.args.process_index, int(evaluation)]
+        return int(np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+    # Loss
+
+    def _prepare_inputs(self, inputs: DistillBatch) -> DistillBatch:
+        return inputs
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: DistillBatch,
+        return_outputs: bool = False,
+        num_items_in_batch: int | None = None,
+    ) -> Any:
+        """The distillation loss; normalised over the completions of the whole optimizer step."""
+        with self.accelerator.autocast():
+            out = self._distill(model, inputs, num_items_in_batch)
+        mode = "train" if model.training else "eval"
+        limit = self.args.max_completion_length
+        self._running[mode].add(out.metrics, inputs, limit)
+        # DDP averages gradients over processes, while the loss is already divided by the completions of all of them.
+        loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
+        return (loss, out) if return_outputs else loss
+
+    def _distill(self, model: nn.Module, batch: DistillBatch, num_completions: int | None) -> DistillOutput:
+        """Run the distiller, under DDP from inside the wrapper's forward so that gradients are synchronised."""
+        inner = self.accelerator.unwrap_model(model)
+        if inner is model or not model.training:
+            return self.distiller(batch, num_completions)
+        own = inner.__dict__.get("forward")
+        inner.forward = lambda: self.distiller(batch, num_completions)
+        try:
+            return model()
+        finally:
+            if own is None:
+                del inner.forward
+            else:
+                inner.forward = own
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> torch.optim.Optimizer:
+        """The Trainer's optimizer, with the teacher attached to it."""
+        optimizer = super().create_optimizer(*args, **kwargs)
+        self.distiller.attach(optimizer)
+        return optimizer
+
+    def floating_point_ops(self, inputs: DistillBatch) -> int:
+        """6 FLOP per student parameter and token, 2 per teacher parameter and token (rollouts not counted)."""
+        flat = inputs.flatten()
+        student = sum(map(len, flat.student_prompts)) + sum(flat.lengths)
+        teacher = 0 if flat.teacher_prompts is None else sum(map(len, flat.teacher_prompts)) + sum(flat.lengths)
+        return (6 * student + 2 * teacher) * sum(p.numel() for p in self.model.parameters())
+
+    def _track_num_input_tokens(self, inputs: DistillBatch) -> None:
+        if self.args.include_num_input_tokens_seen != "no":
+            tokens = sum(map(len, inputs.flatten().student_prompts)) + sum(inputs.flatten().lengths)
+            count = torch.tensor(tokens, device=self.args.device)
+            self.state.num_input_tokens_seen += int(self.accelerator.gather(count).sum())
+
+    # Evaluation and logging
+
+    def prediction_step(
+        self,
+        model: nn.Module,
+        inputs: Rows,
+        prediction_loss_only: bool,
+        ignore_keys: list[str] | None = None,
+    ) -> tuple[Tensor, None, None]:
+        """Loss on completions of held-out prompts, sampled with the same seed at every evaluation."""
+        [batch] = self._batches([inputs], self._seed(self._eval_batches, evaluation=True))
+        self._eval_batches += 1
+        with torch.no_grad():
+            loss = self.compute_loss(model, batch)
+            experts = DistillBatch(batch.student_prompts, None, [[ids] for ids in self.encoder.expert(inputs)])
+            with self.accelerator.autocast():
+                metrics = self._expert(experts).metrics
+        self._running["eval"].add_mean("expert_logprob", metrics["student_logprob"], metrics["tokens"])
+        return loss.detach(), None, None
+
+    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+        """The Trainer's loop, with the distillation metrics added to its own."""
+        self._eval_batches = 0
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        metrics = self._running["eval"].pop(self.accelerator)
+        output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
+        return output
+
+    def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
+        """Log, with the means of the metrics since the last call beside the Trainer's training loss."""
+        if "loss" in logs:
+            logs = {**logs, **self._running["train"].pop(self.accelerator)}
+            if self.distiller.teacher.kind == "ema":
+                logs["teacher_distance"] = self.distiller.teacher.distance().item()
+        super().log(logs, *args, **kwargs)
+
+    # Checkpoints
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> TrainOutput:
+        """As in Trainer; True resumes from the last *complete* checkpoint, whatever a kill left half-written."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_complete_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise ValueError(f"no complete checkpoint in {self.args.output_dir} to resume from")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        # Before trainer_state.json, which marks a checkpoint as complete.
+        super()._save_rng_state(output_dir)
+        state = self.distiller.state_dict()
+        if state and self.args.should_save:
+            from safetensors.torch import save_file
+
+            save_file({k: v.contiguous() for k, v in state.items()}, os.path.join(output_dir, TEACHER_FILE))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None or not self.distiller.state_dict():
+            return
+        path = os.path.join(checkpoint, TEACHER_FILE)
+        if not os.path.isfile(path):
+            raise ValueError(f"{checkpoint} holds no {TEACHER_FILE}: it was saved with another teacher or only the model")
+        from safetensors.torch import load_file
+
+        self.distiller.load_state_dict(load_file(path))
+
+
+def last_complete_checkpoint(output_dir: str) -> str | None:
+    """The newest checkpoint folder whose trainer state, the file written last, is there and whole; None if there is none."""
+    if not os.path.isdir(output_dir):
+        return None
+    steps = []
+    for name in os.listdir(output_dir):
+        prefix, _, step = name.rpartition("-")
+        if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
+            steps.append(int(step))
+    for step in sorted(steps, reverse=True):
+        folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
+        try:
+            with open(os.path.join(folder, "trainer_state.json"), encoding="utf-8") as file:
+                json.load(file)
+        except (OSError, ValueError):
+            continue
+        return folder
+    return None
+
+
+def _load(model: str | nn.Module, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tuple[nn.Module, Any]:
+    set_seed(args.seed)  # LoRA weights are drawn here
+    if isinstance(model, str):
+        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+    if tokenizer is None:
+        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+    if peft_config is not None:
+        from peft import get_peft_model
+
+        model = get_peft_model(model, peft_config)
+    if args.disable_dropout:
+        _disable_dropout(model)
+    return model, tokenizer
+
+
+def _disable_dropout(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        elif isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout = 0.0
