@@ -35,7 +35,7 @@ TERMS = ("{op}.fields", "{op}.token_loss", "{op}.gemm")
 OTHER_OPS = ("{other}", "{other}.api")
 ALL_OPS = ("{any}", "{any}.api")
 TORCH = frozenset({"torch"})
-MODEL_STACK = frozenset({"transformers", "peft", "accelerate", "safetensors", "tqdm", "datasets", "jinja2"})
+MODEL_STACK = frozenset({"transformers", "peft", "accelerate", "safetensors", "tqdm", "datasets", "jinja2", "numpy"})
 ANYTHING = frozenset({"*"})
 
 # The first matching row holds, so the order matters; a module that no row matches is an error.
