@@ -160,10 +160,13 @@ class LossFunction(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         grads = ctx.saved_tensors
-        if grad_loss.device.type == "cpu" and grad_loss.item() == 1 and not _graph_is_kept():
-            return (*grads, None, None, None, None, None)
-        scale = torch.mul if _graph_is_kept() else Tensor.mul_
-        return (*(None if g is None else scale(g, grad_loss.to(g.dtype)) for g in grads), None, None, None, None, None)
+        if torch.compiler.is_compiling() or _graph_is_kept():
+            grads = [None if g is None else g * grad_loss.to(g.dtype) for g in grads]
+        elif grad_loss.device.type != "cpu" or grad_loss.item() != 1:  # asking elsewhere would synchronise
+            for g in grads:
+                if g is not None:
+                    g.mul_(grad_loss.to(g.dtype))
+        return (*grads, None, None, None, None, None)
 
 
 def _graph_is_kept() -> bool:
