@@ -6,7 +6,9 @@ from typing import Any
 
 import torch
 
-WORDS = "the a cat dog sat ran on mat in rain what who where did does answer is yes no red blue green one two".split()
+WORDS = (
+    "the a cat dog sat ran on mat in rain what who where did does answer is yes no red blue green one two"
+).split()
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|> {{ m['content'] }} <|end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"

@@ -47,7 +47,8 @@ EXTRA = {
     "gpt_oss": dict(num_local_experts=2, num_experts_per_tok=1),
     "deepseek_v3": dict(
         q_lora_rank=16, kv_lora_rank=16, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8, head_dim=4,
-        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16, first_k_dense_replace=1,
+        n_routed_experts=4, n_group=1, topk_group=1, num_experts_per_tok=2, moe_intermediate_size=16,
+        first_k_dense_replace=1,
     ),
     "smollm3": {},
     "phi3": {},
@@ -161,9 +162,8 @@ def test_heads_that_cannot_be_fused_are_refused():
 
 
 def test_sharded_head_is_refused():
-    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
-
     import torch.distributed as dist
+    from torch.distributed.tensor import DTensor, Replicate, init_device_mesh
 
     model = tiny("llama")
     store = dist.HashStore()

@@ -49,9 +49,7 @@ def test_resume_gives_the_same_numbers(tmp_path, options):
     resumed = trainer(tmp_path / "b", **options)
     resumed.train(resume_from_checkpoint=True)
     assert history(resumed) == history(straight)
-    for (name, a), b in zip(
-        straight.model.named_parameters(), resumed.model.parameters(), strict=True
-    ):
+    for (name, a), b in zip(straight.model.named_parameters(), resumed.model.parameters(), strict=True):
         assert torch.equal(a, b), name
     for name, tensor in straight.distiller.state_dict().items():
         assert torch.equal(tensor, resumed.distiller.state_dict()[name]), name
@@ -140,9 +138,7 @@ def test_bad_configurations_name_the_fix(tmp_path):
     with pytest.raises(ValueError, match="privileged_context"):
         SDFTTrainer(tiny.model(), config(tmp_path), [{"prompt": "the cat"}], processing_class=tiny.tokenizer())
     with pytest.raises(ValueError, match="completion_ids"):
-        SDFTTrainer(
-            tiny.model(), config(tmp_path, rollouts="given"), tiny.rows(), processing_class=tiny.tokenizer()
-        )
+        SDFTTrainer(tiny.model(), config(tmp_path, rollouts="given"), tiny.rows(), processing_class=tiny.tokenizer())
     for options, error, match in (
         (dict(rollouts="oracle"), ValueError, "rollouts"),
         (dict(teacher_model_kind="sync"), NotImplementedError, "sync"),

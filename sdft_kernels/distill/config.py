@@ -7,6 +7,7 @@ from typing import Any
 
 from transformers import TrainingArguments
 
+from sdft_kernels.distill.distiller import check_options
 from sdft_kernels.distill.rollouts import check_kind
 from sdft_kernels.distill.teacher import ALIASES, KINDS, LATER_KINDS
 from sdft_kernels.distill.templates import resolve_template
@@ -29,7 +30,9 @@ class SDFTConfig(TrainingArguments):
 
     learning_rate: float = _option(2e-5, "Initial learning rate.")
     logging_steps: float = _option(1, "Log every so many optimizer steps.")
-    remove_unused_columns: bool | None = _option(False, "Must stay False: the model's forward names none of the columns.")
+    remove_unused_columns: bool | None = _option(
+        False, "Must stay False: the model's forward names none of the columns."
+    )
     model_init_kwargs: dict[str, Any] | str | None = _option(
         None, "Keyword arguments of from_pretrained where the model is given as a string."
     )
@@ -84,5 +87,10 @@ class SDFTConfig(TrainingArguments):
         for name in ("num_generations", "max_completion_length", "forward_token_budget"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be positive, got {self.temperature}")
+        check_options(
+            alpha=self.distillation_alpha,
+            temperature=self.temperature,
+            skip_first_tokens=self.num_loss_tokens_to_skip,
+            importance_clip=self.distillation_is_clip,
+            loss=self.loss,
+        )

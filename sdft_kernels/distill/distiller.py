@@ -57,7 +57,7 @@ class SelfDistiller:
         temperature: of both distributions.
         skip_first_tokens: completion tokens left out at the start of every completion (the paper's code: 3).
         importance_clip: upper limit of the per-token ratio exp(student - old_logprobs); None is no ratio.
-        sampling_clip: upper limit of exp(old - sampling_logprobs) before its mean over the completion (paper's code: 2).
+        sampling_clip: upper limit of exp(old - sampling_logprobs) before its mean over a completion (paper's code: 2).
         loss: "kl", or "ce": cross-entropy on the completions through the same op, without a teacher pass.
         token_loss: replaces `alpha`: an `AffineTokenLoss` with float weights, or a callable (tokens, index) -> (C,),
             elementwise over tokens. Multiplied by the token weights above.
@@ -89,7 +89,8 @@ class SelfDistiller:
         impl: str = "auto",
         verify: bool = True,
     ) -> None:
-        _check_options(alpha, temperature, skip_first_tokens, importance_clip, sampling_clip, loss, token_loss)
+        check_options(alpha, temperature, skip_first_tokens, importance_clip, loss, sampling_clip)
+        _check_token_loss(token_loss, loss)
         if verify:
             verify_head(model)
         self.model = model
@@ -156,9 +157,7 @@ class SelfDistiller:
         inputs = (student_input, head.weight, teacher_input, teacher_head.weight, target)
         heads.pop("student_weight"), heads.pop("teacher_weight")
         weight, ratio = self._token_weights(flat, mask, num_completions, inputs, heads)
-        loss, tokens = linear_divergence_loss(
-            *inputs, mask=mask, token_loss=self._token_loss(flat, weight), **heads
-        )
+        loss, tokens = linear_divergence_loss(*inputs, mask=mask, token_loss=self._token_loss(flat, weight), **heads)
         if not len(target):
             loss = loss + self._zero_with_graph()
         metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
@@ -264,34 +263,37 @@ def _check_vocabulary(student: HeadSpec, teacher: HeadSpec) -> None:
         )
 
 
-def _check_options(
+def check_options(
     alpha: float,
     temperature: float,
     skip_first_tokens: int,
     importance_clip: float | None,
-    sampling_clip: float,
     loss: str,
-    token_loss: Any,
+    sampling_clip: float = 2.0,
 ) -> None:
+    """Raise ValueError where an option of `SelfDistiller` is out of range."""
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be within [0, 1], got {alpha}")
-    if skip_first_tokens < 0 or not isinstance(skip_first_tokens, int):
+    if not isinstance(skip_first_tokens, int) or skip_first_tokens < 0:
         raise ValueError(f"skip_first_tokens must be a non-negative int, got {skip_first_tokens!r}")
-    for name, value in (
-        ("temperature", temperature),
-        ("importance_clip", importance_clip),
-        ("sampling_clip", sampling_clip),
-    ):
+    positive = dict(temperature=temperature, importance_clip=importance_clip, sampling_clip=sampling_clip)
+    for name, value in positive.items():
         if value is not None and not value > 0:
             raise ValueError(f"{name} must be positive, got {value}")
     if loss not in ("kl", "ce"):
         raise ValueError(f"loss must be 'kl' or 'ce', got {loss!r}")
-    if token_loss is not None and loss == "ce":
+
+
+def _check_token_loss(token_loss: Any, loss: str) -> None:
+    if token_loss is None:
+        return
+    if loss == "ce":
         raise ValueError("token_loss and loss='ce' exclude each other")
-    if token_loss is not None and not callable(token_loss) and not isinstance(token_loss, AffineTokenLoss):
-        raise TypeError(f"token_loss must be an AffineTokenLoss or a callable, got {type(token_loss).__name__}")
-    if isinstance(token_loss, AffineTokenLoss):
-        if token_loss.mean or token_loss.old_logprob is not None:
-            raise ValueError("token_loss: leave out mean and old_logprob, which the distiller supplies per batch")
-        if any(isinstance(value, Tensor) for value in token_loss.weights().values()):
-            raise ValueError("token_loss: give float weights; per-token ones belong into DistillBatch.weights")
+    if not isinstance(token_loss, AffineTokenLoss):
+        if not callable(token_loss):
+            raise TypeError(f"token_loss must be an AffineTokenLoss or a callable, got {type(token_loss).__name__}")
+        return
+    if token_loss.mean or token_loss.old_logprob is not None:
+        raise ValueError("token_loss: leave out mean and old_logprob, which the distiller supplies per batch")
+    if any(isinstance(value, Tensor) for value in token_loss.weights().values()):
+        raise ValueError("token_loss: give float weights; per-token ones belong into DistillBatch.weights")

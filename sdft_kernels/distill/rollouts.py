@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-# Token ids per prompt: R completions. With log-probabilities, a pair (completions, sampling_logprobs) of the same shape.
+# Per prompt R token-id lists. An engine may return a pair: these, and sampling log-probabilities of the same shape.
 Completions = list[list[list[int]]]
 RolloutFunction = Callable[[list[list[int]], int], Completions | tuple[Completions, list[list[list[float]]]]]
 

@@ -161,7 +161,7 @@ class SwapTeacher(Teacher):
         return sum(p.numel() * p.element_size() for p in self.copies.values())
 
     def state_dict(self) -> dict[str, Tensor]:
-        """A fingerprint: the weights are those of the model the run started from, which a resumed run is given again."""
+        """A fingerprint only: a resumed run is given the model the run started from again."""
         return {"fingerprint": torch.stack([_fingerprint(p) for p in self.copies.values()])}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

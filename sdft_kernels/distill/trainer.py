@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -31,7 +31,7 @@ from sdft_kernels.distill.rollouts import (
     stop_token_ids,
 )
 from sdft_kernels.distill.running import RunningMetrics
-from sdft_kernels.models import context_length
+from sdft_kernels.models import context_length, verify_head
 
 TEACHER_FILE = "teacher.safetensors"
 Rows = list[dict[str, Any]]
@@ -119,6 +119,7 @@ class SDFTTrainer(Trainer):
             loss=args.loss,
             memory_budget=args.loss_memory_budget,
             token_budget=args.forward_token_budget,
+            verify=False,
         )
         self._expert = SelfDistiller(model, "live", skip_first_tokens=0, loss="ce", verify=False)
         self._running = {"train": RunningMetrics(), "eval": RunningMetrics()}
@@ -306,14 +307,14 @@ class SDFTTrainer(Trainer):
             return
         path = os.path.join(checkpoint, TEACHER_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"{checkpoint} holds no {TEACHER_FILE}: it was saved with another teacher or only the model")
+            raise ValueError(f"{checkpoint} has no {TEACHER_FILE}: it was saved with another teacher or without state")
         from safetensors.torch import load_file
 
         self.distiller.load_state_dict(load_file(path))
 
 
 def last_complete_checkpoint(output_dir: str) -> str | None:
-    """The newest checkpoint folder whose trainer state, the file written last, is there and whole; None if there is none."""
+    """The newest checkpoint folder whose trainer state, the file written last, is whole; None if there is none."""
     if not os.path.isdir(output_dir):
         return None
     steps = []
@@ -344,6 +345,7 @@ def _load(model: str | nn.Module, tokenizer: Any, args: SDFTConfig, peft_config:
         model = get_peft_model(model, peft_config)
     if args.disable_dropout:
         _disable_dropout(model)
+    verify_head(model)  # before the Trainer makes a folder
     return model, tokenizer
 
 
