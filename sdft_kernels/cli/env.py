@@ -178,7 +178,7 @@ def format_text(report: dict[str, Any]) -> str:
     facts.append(("native extension", f"built ({built})" if native["built"] else f"not built ({native['reason']})"))
     for op, answers in report["implementations"].items():
         facts.append((op, f"auto → {answers['auto']}"))
-        facts += [(f"  {name}", answer) for name, answer in answers.items() if name != "auto"]
+        facts += [(f"  impl {name}", answer) for name, answer in answers.items() if name != "auto"]
     facts += list(report["environment"].items()) or [("SDFT_* variables", "none set")]
     width = max(len(name) for name, _ in facts)
     return "\n".join([*lines, *(f"{name.ljust(width)} : {value}" for name, value in facts)])

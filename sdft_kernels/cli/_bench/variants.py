@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -33,7 +34,7 @@ def make_gemm4(inputs: LossInputs) -> LossAndGrad:
     """
     hidden, weight = inputs.student_input.detach(), inputs.student_weight.detach()
     exact = hidden.is_cuda and hidden.dtype != torch.float32
-    fp32 = {"out_dtype": torch.float32} if exact else {}
+    fp32: dict[str, Any] = {"out_dtype": torch.float32} if exact else {}
     chunk = _FLOOR_TOKENS[hidden.device.type]
 
     @torch.no_grad()
@@ -166,6 +167,7 @@ def make_sdft_tokens(inputs: LossInputs) -> LossAndGrad:
             memory_budget=inputs.memory_budget,
             impl=inputs.impl,
         )
+        assert tokens.kl_teacher_student is not None
         loss = tokens.kl_teacher_student.mean()
         loss.backward()
         return loss.detach()

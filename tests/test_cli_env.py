@@ -1,0 +1,51 @@
+"""The bug report: complete, parsable, and honest about what is absent."""
+
+import json
+import subprocess
+import sys
+
+import torch
+
+from sdft_kernels import __version__, _dispatch, _native
+from sdft_kernels.cli import __main__ as cli
+
+
+def test_json_parses_and_is_complete(monkeypatch, capsys):
+    monkeypatch.setenv("SDFT_KERNELS_DEBUG", "0")
+    monkeypatch.setenv("SECRET_TOKEN", "must not be printed")
+    assert cli.main(["env", "--json"]) == 0
+    out = capsys.readouterr().out
+    report = json.loads(out)
+    assert report["sdft_kernels"] == __version__
+    assert report["packages"]["torch"] == torch.__version__
+    assert report["packages"]["flash-attn"] is None or isinstance(report["packages"]["flash-attn"], str)
+    assert report["cpu"]["torch_capability"] == torch.backends.cpu.get_cpu_capability()
+    assert report["native"]["built"] == _native.has_native()
+    assert report["implementations"]["linear_divergence"]["auto"] == _dispatch.resolve("auto")
+    assert report["environment"]["SDFT_KERNELS_DEBUG"] == "0"
+    assert "must not be printed" not in out
+
+
+def test_text_says_what_is_absent(monkeypatch, capsys):
+    from sdft_kernels.cli import env
+
+    monkeypatch.setattr(env, "PACKAGES", ("torch", "no-such-distribution"))
+    monkeypatch.setattr(_native, "has_native", lambda: False)
+    monkeypatch.setattr(_native, "why_not", lambda: "no compiler on this machine")
+    assert cli.main(["env"]) == 0
+    lines = dict(line.split(" : ", 1) for line in capsys.readouterr().out.splitlines() if " : " in line)
+    facts = {name.strip(): value for name, value in lines.items()}
+    assert facts["no-such-distribution"] == "not installed"
+    assert facts["native extension"] == "not built (no compiler on this machine)"
+    assert facts["torch"] == torch.__version__
+
+
+def test_works_without_torch():
+    code = (
+        "import sys; sys.modules['torch'] = None; from sdft_kernels.cli.__main__ import main;"
+        "sys.exit(main(['env', '--json']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert "torch cannot be imported" in report["gpu"]["reason"] and not report["native"]["built"]
