@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, TrainerCallback
 from transformers.trainer_callback import PrinterCallback
@@ -87,6 +88,7 @@ def train(
         report_to=[],
         disable_tqdm=True,
         bf16=False,
+        dataloader_pin_memory=torch.cuda.is_available(),  # without a GPU, torch warns about it
     )
     trainer = SDFTTrainer(
         model, config, train_dataset=list(tasks), processing_class=tokenizer, callbacks=[TrainingBar()]
