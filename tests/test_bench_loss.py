@@ -172,6 +172,14 @@ def test_only_failures_of_ours_are_status_1(failing, status, monkeypatch, capsys
     assert "FAILED: it broke" in capsys.readouterr().out
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without a GPU")
+def test_without_a_floor_there_is_no_result(tmp_path, capsys):
+    out = tmp_path / "loss.csv"
+    assert cli.main(["bench", "loss", "--shape", "8,8,64", "--device", "cuda", "--output", str(out)]) == 1
+    assert "the floor gemm4 failed: RuntimeError: PyTorch sees no GPU" in capsys.readouterr().err
+    assert not out.exists()
+
+
 def test_peak_memory_beyond_inputs_and_gradients(own_losses):
     """63 MiB more are seen as 63 MiB more, whatever libraries, inputs and gradients take."""
     shape = (48, 24, 16384)

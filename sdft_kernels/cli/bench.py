@@ -115,16 +115,18 @@ def run(args: argparse.Namespace) -> int:
     cases = _cases(args)
     measured = []
     rows: list[dict[str, str]] = []
-    with Progress(sum(case.steps for case in cases), "bench loss") as progress:
-        for case in cases:
-            results = measure_case(case, progress)
-            measured.append((case, results))
-            # After every case: a run that is interrupted keeps the cases it finished.
-            rows += csv_rows(results)
-            if args.output is not None:
-                write_csv(args.output, rows)
-    for case, results in measured:
-        print_results(case, results)
+    try:
+        with Progress(sum(case.steps for case in cases), "bench loss") as progress:
+            for case in cases:
+                results = measure_case(case, progress)
+                measured.append((case, results))
+                rows += csv_rows(results)
+                if args.output is not None:
+                    write_csv(args.output, rows)
+    finally:
+        # A run that is interrupted after minutes keeps, and shows, the cases that it finished.
+        for case, results in measured:
+            print_results(case, results)
     if args.plot is not None:
         plot(args.plot, measured)
     return int(any(result.failed and result.request.is_ours for _, results in measured for result in results))

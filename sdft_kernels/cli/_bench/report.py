@@ -143,8 +143,9 @@ def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
 def print_results(case: Case, results: Sequence[Result]) -> None:
     """Print one line per variant; a variant without numbers says why."""
     tokens, hidden, vocabulary = case.shape
-    title = f"\nN={tokens} H={hidden} V={vocabulary} {case.dtype}, {results[0].device_name}, {case.repeats} pairs"
+    title = f"N={tokens} H={hidden} V={vocabulary} {case.dtype}, {results[0].device_name}, {case.repeats} pairs"
     columns = ("variant", "ms", "over gemm4", "20-80 %", "peak MiB", "loss error", "dH error", "dW error", "note")
+    print()
     print_table(title, columns, [_table_row(result) for result in results])
 
 

@@ -33,6 +33,8 @@ def main() -> int:
     channel = _take_stdout()
     try:
         request = Request.from_json(text)
+        if request.case.device == "cuda" and not torch.cuda.is_available():
+            raise RuntimeError("PyTorch sees no GPU here (sdft-kernels env says why)")
         torch.set_num_threads(request.case.threads)
         {"time": serve_time, "memory": serve_memory, "baseline": serve_memory}[mode](request, channel, mode)
     except Exception as error:
