@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-WORDS = (
+WORDS = (  # noqa: SIM905
     "the a cat dog sat ran on mat in rain what who where did does answer is yes no red blue green one two"
 ).split()
 TEMPLATE = (

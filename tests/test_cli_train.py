@@ -48,11 +48,14 @@ def test_kill_and_resume_give_the_same_numbers(files, tmp_path):
     """SIGKILL a child once it has written a checkpoint; --resume in a fresh process equals an uninterrupted run."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
     epochs = ("--epochs", "3")
+    # One thread here and in the children: same sums, and no waiting for each other on a busy machine.
+    torch.set_num_threads(1)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     assert main(arguments(files, straight, *epochs)) == 0
     assert [entry["step"] for entry in metrics(straight)] == list(range(1, 19))
 
     command = [sys.executable, "-m", "sdft_kernels", *arguments(files, killed, *epochs)]
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 90
     while not (killed / "checkpoint-2" / "trainer_state.json").exists():
         assert child.poll() is None and time.time() < deadline, "the run ended before it could be killed"
@@ -61,7 +64,7 @@ def test_kill_and_resume_give_the_same_numbers(files, tmp_path):
     assert child.wait() == -signal.SIGKILL
     assert not (killed / "model.safetensors").exists(), "killed too late to test anything"
 
-    finished = subprocess.run([*command, "--resume"], capture_output=True, text=True, timeout=120)
+    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
     assert finished.returncode == 0, finished.stderr
     assert "from checkpoint-" in finished.stderr
     assert metrics(killed) == metrics(straight)
