@@ -216,8 +216,20 @@ def test_case_expands_budgets_for_ours_only_and_survives_json():
     assert Request.from_json(request.to_json()) == request
 
 
+def test_gate_is_wider_for_bf16_peers_only():
+    tolerances = {(name, dtype): Request(case(dtype=dtype, gate_tolerance=None), name).gate_tolerance
+                  for name in ("plain", "sdft") for dtype in ("fp32", "bf16")}  # fmt: skip
+    assert tolerances == {
+        ("plain", "fp32"): 1e-3,
+        ("plain", "bf16"): 0.05,
+        ("sdft", "fp32"): 1e-3,
+        ("sdft", "bf16"): 1e-3,
+    }
+    assert Request(case(gate_tolerance=0.2), "sdft").gate_tolerance == 0.2
+
+
 def test_design_suite_has_the_rows_of_the_bars():
-    suite = design_suite("cpu", 2, 0, "auto", 1e-3)
+    suite = design_suite("cpu", 2, 0, "auto", None)
     assert [(c.shape, c.dtype, c.memory_budgets) for c in suite] == [
         ((1024, 576, 49152), "fp32", (250 * MIB,)),
         ((512, 640, 262144), "fp32", (512 * MIB,)),

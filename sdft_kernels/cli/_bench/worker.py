@@ -68,7 +68,7 @@ def build(request: Request) -> tuple[Variant, LossInputs]:
 def serve_time(request: Request, channel: TextIO, mode: str) -> None:
     """Check, warm up, then answer ``{"seconds": …}`` to each line until stdin closes."""
     variant, inputs = build(request)
-    errors = check(variant, inputs, request.case.gate_tolerance) if variant.is_loss else {}
+    errors = check(variant, inputs, request.gate_tolerance) if variant.is_loss else {}
     loss_and_grad = variant.make(inputs)
     timed(loss_and_grad, inputs)
     answer(channel, device=device_name(request.case.device), threads=torch.get_num_threads(), **errors)
@@ -82,6 +82,7 @@ def check(variant: Variant, inputs: LossInputs, tolerance: float) -> dict[str, f
     Raises:
         ValueError: the loss is off by more than `tolerance` relative, or a gradient is missing.
     """
+    inputs.clear_gradients()
     few = inputs.first_rows(GATE_TOKENS)
     loss = variant.make(few)().item()
     truth = forward_kl_truth(few)
