@@ -58,6 +58,7 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["bench", "loss", "--shape", "1,2"], "expected N,H,V"),
         (["bench", "loss", "--shape", "0,2,3"], "must be positive"),
         (["bench", "loss", "--shape", "1,2,3", "--suite", "design"], "not allowed with"),
+        (["bench", "loss", "--suite", "design", "--dtype", "bf16"], "--suite has its own dtype"),
         (["bench", "loss", "--shape", "1,2,3", "--repeats", "0"], "expected a positive integer, got '0'"),
         (["bench", "loss", "--shape", "1,2,3", "--variants", "nonsense"], "unknown variant 'nonsense'"),
         (["bench", "loss", "--shape", "1,2,3", "--memory-budget", "many"], "expected a size such as 250MiB"),

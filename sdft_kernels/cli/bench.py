@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -70,22 +71,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--shape", nargs="+", type=_argument(parse_shape), metavar="N,H,V", help="tokens, hidden size, vocabulary"
     )
     size.add_argument("--suite", choices=("design",), help="the project's own shapes, dtypes, variants and budgets")
-    loss.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of all inputs (default fp32)")
+    loss.add_argument("--dtype", choices=("fp32", "bf16"), help="of all inputs (default fp32)")
     loss.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default cpu")
     loss.add_argument(
         "--variants",
         nargs="+",
         type=_argument(parse_variant),
-        default=tuple(VARIANT_NEEDS),
         metavar="NAME",
         help=f"of {', '.join(VARIANT_NEEDS)}, or module:function (default: all); gemm4 always runs",
     )
-    loss.add_argument("--repeats", type=_argument(_positive), default=5, help="pairs per variant (default 5)")
+    loss.add_argument("--repeats", type=_argument(_positive), help="pairs per variant (default 5; suite: its own)")
     loss.add_argument(
         "--memory-budget",
         nargs="+",
         type=_argument(parse_bytes),
-        default=(None,),
         metavar="SIZE",
         help="for sdft variants, one run each, such as 250MiB (default: the op's own)",
     )
@@ -101,6 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         " with bf16 inputs 0.05 for other libraries, most of which round the logits)",
     )
     loss.add_argument("--output", type=_argument(_writable), metavar="CSV", help="write the numbers here (replaced)")
+    loss.set_defaults(parser=loss)
     loss.add_argument("--plot", type=_argument(_writable), metavar="PNG", help="draw the ratios and peaks (matplotlib)")
 
 
@@ -134,15 +134,19 @@ def run(args: argparse.Namespace) -> int:
 
 def _cases(args: argparse.Namespace) -> list[Case]:
     if args.suite is not None:
-        return design_suite(args.device, args.threads, args.seed, args.impl, args.gate_tolerance)
+        for name in ("dtype", "variants", "memory_budget"):
+            if getattr(args, name) is not None:
+                args.parser.error(f"--suite has its own {name.replace('_', ' ')}: use --shape to choose it")
+        suite = design_suite(args.device, args.threads, args.seed, args.impl, args.gate_tolerance)
+        return [case if args.repeats is None else dataclasses.replace(case, repeats=args.repeats) for case in suite]
     return [
         Case(
             shape=shape,
-            dtype=args.dtype,
+            dtype=args.dtype or "fp32",
             device=args.device,
-            variants=tuple(args.variants),
-            memory_budgets=tuple(args.memory_budget),
-            repeats=args.repeats,
+            variants=tuple(args.variants or VARIANT_NEEDS),
+            memory_budgets=tuple(args.memory_budget or (None,)),
+            repeats=args.repeats or 5,
             threads=args.threads,
             seed=args.seed,
             impl=args.impl,
