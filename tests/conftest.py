@@ -1,4 +1,4 @@
-"""Fixtures that every test runs under: a seed, two threads, and uninitialised memory that shows when it is used."""
+"""Fixtures that every test runs under: a seed, one thread, and uninitialised memory that shows when it is used."""
 
 from __future__ import annotations
 

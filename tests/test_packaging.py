@@ -155,7 +155,7 @@ def test_unknown_build_mode_is_refused(checkout: Path) -> None:
 def test_sdist_builds_a_native_wheel(checkout: Path, tmp_path: Path) -> None:
     assert setup(checkout, "sdist", "-d", str(tmp_path / "out")).returncode == 0
     (archive,) = (tmp_path / "out").glob("*.tar.gz")
-    shutil.unpack_archive(archive, tmp_path / "unpacked")
+    shutil.unpack_archive(archive, tmp_path / "unpacked", filter="data")
     (source,) = (tmp_path / "unpacked").iterdir()
     result = setup(source, "bdist_wheel", "-d", str(tmp_path / "wheel"), SDFT_BUILD_EXT="1")
     assert result.returncode == 0, result.stderr
