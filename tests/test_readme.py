@@ -1,0 +1,87 @@
+"""The README against the code: families, arithmetic, names, links, and numbers from committed data."""
+
+import ast
+import csv
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+import sdft_kernels
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def rows_after(heading):
+    """Cells of the first table after a heading, without its head."""
+    lines = TEXT.split(heading, 1)[1].splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("|"))
+    table = []
+    for line in lines[start:]:
+        if not line.startswith("|"):
+            break
+        table.append([cell.strip() for cell in line.strip("|").split("|")])
+    return table[0], table[2:]
+
+
+def test_family_table_is_what_the_code_knows():
+    pytest.importorskip("transformers")
+    from sdft_kernels.models.head import HEAD_FAMILIES, REFUSED_FAMILIES
+
+    _, rows = rows_after("### Model families")
+    shown = {row[0]: (row[1], row[2], row[3]) for row in rows}
+    expected = {
+        name: (facts.get("scale", "–"), facts.get("softcap", "–"), facts.get("bias", "–"))
+        for name, facts in HEAD_FAMILIES.items()
+    }
+    assert {k: v for k, v in shown.items() if "refused" not in v} == expected
+    refused = " ".join(row[0] for row in rows if "refused" in row[1:])
+    for name in REFUSED_FAMILIES:
+        assert f"`{name}`" in refused
+
+
+def test_saved_memory_table_is_arithmetic():
+    head, rows = rows_after("### What it saves")
+    tokens = [int(cell.removeprefix("N = ").replace(",", "")) for cell in head[1:]]
+    assert len(rows) == 4
+    for row in rows:
+        vocabulary = int(row[0].split()[0].replace(",", ""))
+        for n, cell in zip(tokens, row[1:], strict=True):
+            exact = 5 * 4 * n * vocabulary / 2**30
+            assert abs(float(cell.removesuffix(" GiB")) - exact) <= max(0.05, 0.01 * exact), (vocabulary, n)
+
+
+def test_python_examples_parse_and_import_what_exists():
+    blocks = re.findall(r"```python\n(.*?)```", TEXT, flags=re.DOTALL)
+    assert len(blocks) >= 4
+    for block in blocks:
+        for node in ast.walk(ast.parse(block)):
+            if isinstance(node, ast.ImportFrom) and node.module == "sdft_kernels":
+                for name in node.names:
+                    assert name.name in sdft_kernels.__all__, name.name
+
+
+def test_relative_links_lead_somewhere():
+    for target in re.findall(r"\]\(([^)#]+)\)", TEXT):
+        if "://" not in target:
+            assert (ROOT / target).exists(), target
+
+
+def test_speed_table_is_the_committed_data():
+    data = {}
+    with (ROOT / "benchmarks" / "data" / "loss_cpu.csv").open(newline="", encoding="utf-8") as f:
+        for row in csv.DictReader(f):
+            config = json.loads(row["extra_benchmark_config_str"])
+            key = (config["dtype"], int(row["x_value"]), config["V"], row["kernel_provider"])
+            if row["metric_name"] == "ratio_to_gemm4":
+                data[key] = (float(row["y_value_50"]), float(row["device_memory_peak"]))
+    _, rows = rows_after("## Speed and memory")
+    assert len(rows) >= 3
+    for shape, variant, ratio, memory in rows:
+        dtype, n, v = re.match(r"(\w+), N=([\d,]+) H=\d+ V=([\d,]+)", shape).groups()
+        key = (dtype, int(n.replace(",", "")), int(v.replace(",", "")), variant.strip("`*"))
+        measured_ratio, measured_memory = data[key]
+        assert float(ratio.strip("*× ")) == pytest.approx(measured_ratio, abs=0.006), key
+        assert float(memory.strip("* ").removesuffix(" MiB").replace(",", "")) == pytest.approx(measured_memory, abs=1)
