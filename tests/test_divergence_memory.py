@@ -25,7 +25,8 @@ def step(hs, ws, ht, wt):
         out = linear_divergence(hs, ws, ht, wt, memory_budget=budget)
         (out.kl_teacher_student + out.student_entropy).sum().backward()
     elif what == "callable":
-        linear_divergence_loss(hs, ws, ht, wt, memory_budget=budget, token_loss=lambda t, i: t.kl_teacher_student)[0].backward()
+        loss = lambda t, i: t.kl_teacher_student
+        linear_divergence_loss(hs, ws, ht, wt, memory_budget=budget, token_loss=loss)[0].backward()
     else:
         impl = "reference" if what == "reference" else "torch"
         linear_divergence_loss(hs, ws, ht, wt, memory_budget=budget, impl=impl)[0].backward()

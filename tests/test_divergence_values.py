@@ -30,7 +30,7 @@ BF16_GRADIENT_ERROR = 0.004  # design bar; eager bf16 logits are at 5 to 200 %, 
 
 
 def compare(actual, eager, truth, dtype):
-    """`eager` is fp32 for bf16 inputs too: numbers must be as good as fp32's, and only gradients are rounded to bf16."""
+    """`eager` is fp32 for bf16 inputs too: numbers must be as good as fp32's; only gradients are rounded to bf16."""
     assert actual.keys() == truth.keys()
     for name in truth:
         if dtype == torch.bfloat16 and name.startswith("grad_"):

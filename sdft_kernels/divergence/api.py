@@ -217,18 +217,18 @@ def _reference_loss(t: Tensors, o: Options, token_loss: Affine | TokenLoss) -> t
     index = torch.arange(t.student_input.shape[0], device=t.student_input.device)
     if t.mask is not None:
         index = index[t.mask]
-    tokens = TokenDivergence(*(None if f is None else f[index] for f in every))
+    tokens = every.apply(lambda f: f[index])
     if isinstance(token_loss, Affine):
         loss = torch.zeros_like(tokens.kl_teacher_student)
         for name, weight in token_loss.weights.items():
             used = weight[index] != 0
             loss = loss + weight[index] * getattr(tokens, name).where(used, 0.0)
-        if token_loss.old_logprob is not None:
+        if token_loss.old_logprob is not None and tokens.student_logprob is not None:
             gap = tokens.student_logprob.detach() - token_loss.old_logprob[index]
             loss = loss * gap.clamp(-20, 20).exp().clamp(max=token_loss.importance_clip)
     else:
         loss = token_loss(tokens, index)
-    return loss.sum(), TokenDivergence(*(None if f is None else f.detach() for f in every))
+    return loss.sum(), every.apply(torch.Tensor.detach)
 
 
 def _options(

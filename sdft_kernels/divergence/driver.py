@@ -19,9 +19,8 @@ DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
 class Products(Protocol):
     """What the driver needs of `gemm.Gemm`; tests pass one that counts."""
 
-    operand: torch.dtype
-    accumulate: torch.dtype
-
+    @property
+    def accumulate(self) -> torch.dtype: ...
     def scratch_bytes(self, device: torch.device, weight: Tensor) -> int: ...
     def bytes_per_logit(self, device: torch.device) -> int: ...
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
@@ -187,10 +186,11 @@ class _Call:
         target = None if self.target is None else self.target[take]
         tokens = self.tokens.new_zeros(len(FIELDS), student.shape[0])
         loss = self.loss.new_zeros(student.shape[0])
-        if callable(self.token_loss):
-            self._run_callable(student, teacher, target, positions, keep, tokens, loss)
+        if self.token_loss is None or isinstance(self.token_loss, Affine):
+            affine = self.token_loss or Affine({})
+            self._run_affine(affine, student, teacher, target, take, keep, tokens, loss)
         else:
-            self._run_affine(student, teacher, target, take, keep, tokens, loss)
+            self._run_callable(self.token_loss, student, teacher, target, positions, keep, tokens, loss)
         if keep is not None:
             tokens, loss = tokens.masked_fill(~keep, 0), loss.masked_fill(~keep, 0)
         if self.jsd_is is not None:
@@ -215,6 +215,7 @@ class _Call:
 
     def _run_affine(
         self,
+        affine: Affine,
         student: Tensor,
         teacher: Tensor,
         target: Tensor | None,
@@ -223,7 +224,6 @@ class _Call:
         tokens: Tensor,
         loss: Tensor,
     ) -> None:
-        affine = self.token_loss if isinstance(self.token_loss, Affine) else Affine({})
         weights = {name: w[take] for name, w in affine.weights.items()}
         if keep is not None:
             weights = {name: w.masked_fill(~keep, 0) for name, w in weights.items()}
@@ -235,6 +235,7 @@ class _Call:
 
     def _run_callable(
         self,
+        token_loss: TokenLoss,
         student: Tensor,
         teacher: Tensor,
         target: Tensor | None,
@@ -246,9 +247,7 @@ class _Call:
         state = rows_torch.divergence_stats(student, teacher, target, self._transforms, self.mixture, tokens)
         if self.jsd_is is not None:
             tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]
-        value, upstream = evaluate(
-            self.token_loss, tokens, self.fields, positions, any(self.need), self.check_elementwise
-        )
+        value, upstream = evaluate(token_loss, tokens, self.fields, positions, any(self.need), self.check_elementwise)
         loss.copy_(value)
         if any(self.need):
             if keep is not None:

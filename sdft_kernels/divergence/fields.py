@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -26,14 +27,19 @@ class TokenDivergence(NamedTuple):
         top1_agreement: 1 where the two distributions share a most likely token, else 0.
     """
 
-    kl_teacher_student: Tensor | None = None
-    kl_student_teacher: Tensor | None = None
+    # Typed as present, which they are unless `outputs` leaves them out: callers need no assert.
+    kl_teacher_student: Tensor = None  # type: ignore[assignment]
+    kl_student_teacher: Tensor = None  # type: ignore[assignment]
     jsd: Tensor | None = None
     student_logprob: Tensor | None = None
-    student_entropy: Tensor | None = None
+    student_entropy: Tensor = None  # type: ignore[assignment]
     teacher_logprob: Tensor | None = None
-    teacher_entropy: Tensor | None = None
-    top1_agreement: Tensor | None = None
+    teacher_entropy: Tensor = None  # type: ignore[assignment]
+    top1_agreement: Tensor = None  # type: ignore[assignment]
+
+    def apply(self, function: Callable[[Tensor], Tensor]) -> TokenDivergence:
+        """`function` of every number that is there."""
+        return TokenDivergence(*(value if value is None else function(value) for value in self))  # type: ignore[arg-type]
 
 
 FIELDS = TokenDivergence._fields

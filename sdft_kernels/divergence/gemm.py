@@ -19,7 +19,7 @@ UPCAST_SLICE_BYTES = 8 * 2**20  # long enough for full GEMM speed, short next to
 @contextmanager
 def exact_matmul(precision: str | None) -> Iterator[None]:
     """fp32 products in fp32, whatever `torch.set_float32_matmul_precision` says; ``"tf32"`` opts in on CUDA."""
-    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)  # type: ignore[attr-defined]
     before = [b.fp32_precision for b in backends]
     try:
         backends[0].fp32_precision = precision or "ieee"

@@ -148,8 +148,8 @@ class LossFunction(torch.autograd.Function):
         tensors = Tensors(student_input, student_weight, student_bias, *rest)
         need = driver.Need(*(grad_enabled and n for n in ctx.needs_input_grad[:3]))
         if isinstance(token_loss, driver.Affine):
-            loss, tokens, *grads = _call(tensors, options, token_loss, need)
-            grads = [g if n else None for g, n in zip(grads, need, strict=True)]
+            loss, tokens, *made = _call(tensors, options, token_loss, need)
+            grads = [g if n else None for g, n in zip(made, need, strict=True)]
         else:
             loss, tokens, *grads = drive(tensors, options, token_loss, need, check_elementwise)
         ctx.save_for_backward(*grads)

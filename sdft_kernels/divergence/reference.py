@@ -92,4 +92,4 @@ def linear_divergence_reference(
     tokens = tokens._replace(top1_agreement=tokens.top1_agreement.detach())
     if mask is None:
         return tokens
-    return TokenDivergence(*(None if f is None else f.new_zeros(mask.shape).index_put((index,), f) for f in tokens))
+    return tokens.apply(lambda f: f.new_zeros(mask.shape).index_put((index,), f))

@@ -7,6 +7,7 @@ student's tile. Letters and formulas are those of the op's README.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ from .fields import ABSENT_TARGET, DIFFERENTIABLE, FIELDS, Transform
 BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 5  # e_s, e_t, gap, product, mixture
 STATE = ("max_s", "sum_s", "sum_t", "kl_student_teacher", "student_entropy", "kl_student_mixture")
-# |log p_s - log p_t| beyond this is as good as infinite to a mixture (e^-80 is 0 next to 1), and e^80 is finite in fp32.
+# |log p_s - log p_t| beyond this is as good as infinite to a mixture (e^-80 is 0 next to 1); e^80 is finite in fp32.
 GAP_LIMIT = 80.0
 
 
@@ -118,7 +119,7 @@ class _Part:
     careful: bool = False  # a -inf or NaN is about: select, never multiply by 0
 
 
-def _parts(student: Tensor, teacher: Tensor):
+def _parts(student: Tensor, teacher: Tensor) -> Iterator[_Part]:
     count, vocabulary = student.shape
     step = block_rows(vocabulary)
     scratch = student.new_empty(SCRATCH_BLOCKS, min(step, count), vocabulary)

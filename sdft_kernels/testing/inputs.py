@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,7 +42,7 @@ class DivergenceInputs:
             moved[name] = value
         return DivergenceInputs(**moved)
 
-    def replace(self, **changes: Tensor | None) -> DivergenceInputs:
+    def replace(self, **changes: Any) -> DivergenceInputs:
         return replace(self, **changes)
 
 
