@@ -139,6 +139,8 @@ def run(args: argparse.Namespace) -> int:
 def _config(args: argparse.Namespace) -> Any:
     from sdft_kernels.distill import SDFTConfig
 
+    # Named only when asked for: transformers 5.24 warns at the name and will call it activation_checkpointing.
+    memory: dict[str, Any] = {"gradient_checkpointing": True} if args.gradient_checkpointing else {}
     return SDFTConfig(
         output_dir=str(args.output),
         num_train_epochs=args.epochs,
@@ -171,8 +173,7 @@ def _config(args: argparse.Namespace) -> Any:
         max_completion_length=args.max_completion_length,
         max_prompt_length=args.max_prompt_length,
         temperature=args.temperature,
-        # Named only when asked for: transformers 5.24 warns at the name and will call it activation_checkpointing.
-        **({"gradient_checkpointing": True} if args.gradient_checkpointing else {}),
+        **memory,
     )
 
 

@@ -79,13 +79,12 @@ class DistillBatch:
             for r, completion in enumerate(self.completions[i]):
                 _check_ids(completion, f"completions[{i}][{r}]", allow_empty=True)
             if self.teacher_prompts is not None:
-                self._check_teacher_prompts(i)
+                self._check_teacher_prompts(i, self.teacher_prompts[i])
         for name in ("loss_mask", "weights", "old_logprobs", "sampling_logprobs"):
             if getattr(self, name) is not None:
                 self._check_per_token(name)
 
-    def _check_teacher_prompts(self, i: int) -> None:
-        prompts = self.teacher_prompts[i]
+    def _check_teacher_prompts(self, i: int, prompts: Any) -> None:
         if _is_ids(prompts):
             _check_ids(prompts, f"teacher_prompts[{i}]", allow_empty=False)
             return
@@ -133,7 +132,7 @@ class DistillBatch:
         index = [(i, r) for i, completions in enumerate(self.completions) for r in range(len(completions))]
         teacher = None
         if self.teacher_prompts is not None:
-            prompts = self.teacher_prompts
+            prompts: Any = self.teacher_prompts
             teacher = [prompts[i] if _is_ids(prompts[i]) else prompts[i][r] for i, r in index]
         return FlatBatch(
             student_prompts=[self.student_prompts[i] for i, _ in index],

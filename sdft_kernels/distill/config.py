@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from transformers import TrainingArguments
 
@@ -33,7 +33,7 @@ class SDFTConfig(TrainingArguments):
     remove_unused_columns: bool | None = _option(
         False, "Must stay False: the model's forward names none of the columns."
     )
-    model_init_kwargs: dict[str, Any] | str | None = _option(
+    model_init_kwargs: dict[str, Any] | None = _option(
         None, "Keyword arguments of from_pretrained where the model is given as a string."
     )
     disable_dropout: bool = _option(True, "Switch dropout off in student and teacher.")
@@ -46,10 +46,10 @@ class SDFTConfig(TrainingArguments):
     temperature: float = _option(1.0, "Of sampling, and of both distributions in the loss.")
     top_p: float = _option(1.0, "Nucleus of the sampling; 1 is the whole distribution.")
     top_k: int = _option(0, "Tokens the sampling chooses from; 0 is all.")
-    generation_kwargs: dict[str, Any] | str | None = _option(None, "Further arguments of generate.")
-    chat_template_kwargs: dict[str, Any] | str | None = _option(None, "Arguments of apply_chat_template.")
+    generation_kwargs: dict[str, Any] | None = _option(None, "Further arguments of generate.")
+    chat_template_kwargs: dict[str, Any] | None = _option(None, "Arguments of apply_chat_template.")
     rollouts: str = _option("student", "Where completions come from: student, teacher, dataset or given.")
-    loss: str = _option("kl", "kl, or ce: cross-entropy on the completions without a teacher.")
+    loss: Literal["kl", "ce"] = _option("kl", "kl, or ce: cross-entropy on the completions without a teacher.")
     teacher_model_kind: str | None = _option(
         None, "frozen (TRL: base), live or ema. None: frozen under LoRA, else ema."
     )
@@ -72,7 +72,7 @@ class SDFTConfig(TrainingArguments):
         super().__post_init__()
         check_kind(self.rollouts)
         resolve_template(self.teacher_prompt_template)
-        kind = ALIASES.get(self.teacher_model_kind, self.teacher_model_kind)
+        kind = ALIASES.get(self.teacher_model_kind or "", self.teacher_model_kind)
         if kind in LATER_KINDS:
             raise NotImplementedError(f"teacher_model_kind={kind!r} is not supported yet; use one of {KINDS}")
         if kind is not None and kind not in KINDS:

@@ -8,7 +8,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdft_kernels.distill.batch import DistillBatch, FlatBatch
+from sdft_kernels.distill.batch import DistillBatch, FlatBatch, TokenIds
 from sdft_kernels.distill.metrics import token_metrics
 from sdft_kernels.distill.teacher import EMATeacher, ModelTeacher, Teacher, make_teacher
 from sdft_kernels.divergence import (
@@ -138,21 +138,18 @@ class SelfDistiller:
             RuntimeError: an EMA teacher that was never attached to an optimizer, at the second training forward.
         """
         self._check_attached()
-        if self.loss == "kl" and batch.teacher_prompts is None:
-            raise ValueError("teacher_prompts is None; only loss='ce' does without")
         batch.check_context(context_length(self.model), context_length(self.teacher.model))
         flat = batch.flatten()
         head = head_spec(self.model)
         device = head.weight.device
         target = torch.tensor([t for c in flat.completions for t in c], dtype=torch.int64, device=device)
         mask = self._mask(flat, device)
-        teacher_input, teacher_head = self._teacher_pass(flat)
+        taught = self._teacher_pass(flat.teacher_prompts, flat.completions) if self.loss == "kl" else None
         student_input = completion_hidden_states(
             self.model, flat.student_prompts, flat.completions, token_budget=self.token_budget
         )
-        if teacher_input is None:
-            # Cross-entropy reads only the student's numbers: it stands in as its own teacher, no second pass.
-            teacher_input, teacher_head = student_input.detach(), head
+        # Cross-entropy reads only the student's numbers: it stands in as its own teacher, no second pass.
+        teacher_input, teacher_head = taught or (student_input.detach(), head)
         heads = head.kwargs("student") | teacher_head.kwargs("teacher") | self.op_options
         inputs = (student_input, head.weight, teacher_input, teacher_head.weight, target)
         heads.pop("student_weight"), heads.pop("teacher_weight")
@@ -181,13 +178,11 @@ class SelfDistiller:
                 "(or choose teacher='frozen')"
             )
 
-    def _teacher_pass(self, flat: FlatBatch) -> tuple[Tensor | None, HeadSpec | None]:
-        if self.loss == "ce":
-            return None, None
+    def _teacher_pass(self, prompts: list[TokenIds] | None, completions: list[TokenIds]) -> tuple[Tensor, HeadSpec]:
+        if prompts is None:
+            raise ValueError("teacher_prompts is None; only loss='ce' does without")
         with self.teacher.active() as model:
-            hidden = completion_hidden_states(
-                model, flat.teacher_prompts, flat.completions, token_budget=self.token_budget
-            )
+            hidden = completion_hidden_states(model, prompts, completions, token_budget=self.token_budget)
         return hidden, self.teacher.head()
 
     def _mask(self, flat: FlatBatch, device: torch.device) -> Tensor:
@@ -214,6 +209,7 @@ class SelfDistiller:
         old = flat.old_logprobs
         if old is None:
             tokens = linear_divergence(*inputs, outputs=("student_logprob",), **options)
+            assert tokens.student_logprob is not None
             old_logprob = tokens.student_logprob.float()
         else:
             old_logprob = torch.tensor(old, device=mask.device)
@@ -233,14 +229,14 @@ class SelfDistiller:
         if self.token_loss is None:
             return sdft_token_loss(self.alpha, weight, old, clip)
         if isinstance(self.token_loss, AffineTokenLoss):
-            scaled = {name: value * weight for name, value in self.token_loss.weights().items()}
+            scaled: dict[str, Any] = {name: value * weight for name, value in self.token_loss.weights().items()}
             return AffineTokenLoss(**scaled, alpha=self.token_loss.alpha, old_logprob=old, importance_clip=clip)
         custom = self.token_loss
         return lambda tokens, index: custom(tokens, index) * weight[index]
 
     def _importance(self, flat: FlatBatch, tokens: TokenDivergence, ratio: Tensor | None) -> Tensor | None:
         """(N,) importance weights in use, or None."""
-        if self.importance_clip is None or flat.old_logprobs is None:
+        if self.importance_clip is None or flat.old_logprobs is None or tokens.student_logprob is None:
             return ratio
         gap = tokens.student_logprob - torch.tensor(flat.old_logprobs, device=tokens.student_logprob.device)
         clipped = gap.clamp(-20, 20).exp().clamp(max=self.importance_clip)
@@ -248,7 +244,8 @@ class SelfDistiller:
 
     def _zero_with_graph(self) -> Tensor:
         """0 connected to every trained parameter: backward and gradient synchronisation run as in any other step."""
-        return sum(p.flatten()[:0].sum() for p in self.model.parameters() if p.requires_grad)
+        trained = [p.flatten()[:0].sum() for p in self.model.parameters() if p.requires_grad]
+        return torch.stack(trained).sum() if trained else torch.zeros(())
 
 
 def _sum_by(values: Tensor, group: Tensor, groups: int) -> Tensor:

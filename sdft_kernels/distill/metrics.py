@@ -37,7 +37,7 @@ def token_metrics(
             metrics[name] = values.where(mask, 0.0).sum() / count.clamp(min=1)
     if not count:
         return metrics
-    if with_teacher:
+    if with_teacher and tokens.kl_teacher_student is not None:
         kl = tokens.kl_teacher_student[mask].float()
         # Quantiles by sorting: torch.quantile stops at 2**24 values.
         ranked = kl.sort().values

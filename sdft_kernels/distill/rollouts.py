@@ -24,7 +24,7 @@ def check_kind(rollouts: str | RolloutFunction) -> None:
 
 @torch.no_grad()
 def generate_completions(
-    model: nn.Module,
+    model: Any,
     prompts: Sequence[Sequence[int]],
     num_generations: int = 1,
     *,

@@ -14,9 +14,12 @@ class RunningMetrics:
     """Token-weighted means of metrics, a sum of tokens, and statistics of completion lengths."""
 
     def __init__(self) -> None:
+        self._clear()
+
+    def _clear(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._weights: dict[str, Tensor] = {}
-        self._tokens = 0
+        self._tokens: Tensor | int = 0
         self._lengths: list[int] = []
         self._limit = 0
 
@@ -49,5 +52,5 @@ class RunningMetrics:
             result["completions/max_length"] = max(self._lengths)
             # At the limit almost surely means cut there: an end exactly at the limit is rare and harmless to count.
             result["completions/clipped_ratio"] = sum(n >= self._limit for n in self._lengths) / count
-        self.__init__()
+        self._clear()
         return result

@@ -249,7 +249,8 @@ def make_teacher(
     if isinstance(teacher, nn.Module):
         made: Teacher = ModelTeacher(teacher) if teacher is not model else LiveTeacher(model)
     else:
-        kind = ALIASES.get(teacher, teacher) if teacher is not None else ("frozen" if only_lora(model) else "ema")
+        default = "frozen" if only_lora(model) else "ema"
+        kind = default if teacher is None else ALIASES.get(teacher, teacher)
         if kind in LATER_KINDS:
             raise NotImplementedError(f"teacher={kind!r} is not supported yet; use one of {KINDS}")
         if kind == "live":

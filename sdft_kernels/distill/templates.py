@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeGuard
 
 Messages = list[dict[str, Any]]
 Template = Callable[[Messages, Any], Messages]
@@ -77,13 +77,13 @@ def as_messages(prompt: str | Messages, name: str = "prompt") -> Messages:
         if not prompt:
             raise ValueError(f"{name} is empty")
         return [{"role": "user", "content": prompt}]
-    if not isinstance(prompt, Sequence) or not all(isinstance(m, Mapping) and "role" in m for m in prompt):
-        raise TypeError(f"{name} must be a string or a list of chat messages, got {type(prompt).__name__}")
-    if not prompt:
+    if isinstance(prompt, Sequence) and not prompt:
         raise ValueError(f"{name} is empty")
-    if prompt[-1]["role"] != "user":
+    if not _is_messages(prompt):
+        raise TypeError(f"{name} must be a string or a list of chat messages, got {type(prompt).__name__}")
+    if (role := prompt[-1]["role"]) != "user":
         raise ValueError(
-            f"{name} ends in a turn of {prompt[-1]['role']!r}; it must end in a user turn, since the completion is the "
+            f"{name} ends in a turn of {role!r}; it must end in a user turn, since the completion is the "
             "next assistant turn (move an expert answer into privileged_context)"
         )
     return [dict(message) for message in prompt]
@@ -183,7 +183,7 @@ def _question(messages: Messages) -> dict[str, Any]:
     return as_messages(messages)[-1]
 
 
-def _is_messages(value: Any) -> bool:
+def _is_messages(value: Any) -> TypeGuard[Messages]:
     return isinstance(value, Sequence) and len(value) > 0 and all(isinstance(m, Mapping) and "role" in m for m in value)
 
 

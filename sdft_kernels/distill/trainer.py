@@ -66,7 +66,7 @@ class SDFTTrainer(Trainer):
 
     def __init__(
         self,
-        model: str | nn.Module,
+        model: Any,
         args: SDFTConfig,
         train_dataset: Any = None,
         eval_dataset: Any = None,
@@ -167,7 +167,7 @@ class SDFTTrainer(Trainer):
         if self.rollouts == "given":
             logprobs = [row.get("sampling_logprobs") for row in rows]
             return [row["completion_ids"] for row in rows], None if None in logprobs else logprobs
-        if self.rollouts == "teacher":
+        if self.rollouts == "teacher" and teacher is not None:
             with self.distiller.teacher.active() as model:
                 return self._generate(model, teacher, seed), None
         return self._generate(self.model, student, seed), None
@@ -319,9 +319,9 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
         return None
     steps = []
     for name in os.listdir(output_dir):
-        prefix, _, step = name.rpartition("-")
-        if prefix == PREFIX_CHECKPOINT_DIR and step.isdigit():
-            steps.append(int(step))
+        prefix, _, number = name.rpartition("-")
+        if prefix == PREFIX_CHECKPOINT_DIR and number.isdigit():
+            steps.append(int(number))
     for step in sorted(steps, reverse=True):
         folder = os.path.join(output_dir, f"{PREFIX_CHECKPOINT_DIR}-{step}")
         try:
@@ -333,7 +333,7 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
     return None
 
 
-def _load(model: str | nn.Module, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tuple[nn.Module, Any]:
+def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tuple[Any, Any]:
     set_seed(args.seed)  # LoRA weights are drawn here
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
@@ -354,4 +354,4 @@ def _disable_dropout(model: nn.Module) -> None:
         if isinstance(module, nn.Dropout):
             module.p = 0.0
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+            setattr(module, "attention_dropout", 0.0)  # noqa: B010

@@ -155,7 +155,7 @@ def _refuse_prompt_learning(model: nn.Module) -> None:
             )
 
 
-def _check_head_module(base: nn.Module, head: nn.Module | None) -> None:
+def _check_head_module(base: nn.Module, head: Any) -> None:
     name = type(base).__name__
     if head is None:
         raise ValueError(f"{name} has no output embeddings; pass the ...ForCausalLM model, not its backbone")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 TOKEN_BUDGET = 8192
 
 
-def unwrap_peft(model: nn.Module) -> nn.Module:
+def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model; `model` itself if it is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
@@ -20,7 +21,7 @@ def unwrap_peft(model: nn.Module) -> nn.Module:
 def context_length(model: nn.Module) -> int | None:
     """Longest sequence the model's configuration allows, in tokens; None where it names no limit."""
     config = getattr(unwrap_peft(model), "config", None)
-    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    text = config.get_text_config() if config is not None and hasattr(config, "get_text_config") else config
     length = getattr(text, "max_position_embeddings", None)
     return int(length) if isinstance(length, int) and length > 0 else None
 
