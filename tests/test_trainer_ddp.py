@@ -1,0 +1,60 @@
+"""Two DDP processes (gloo) take the same step as one process with the whole batch."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import distill_tiny as tiny  # noqa: E402
+
+from sdft_kernels.distill import SDFTConfig, SDFTTrainer  # noqa: E402
+
+
+def run(folder, batch_size, **options):
+    config = SDFTConfig(
+        output_dir=str(folder), use_cpu=True, per_device_train_batch_size=batch_size, max_steps=2, learning_rate=0.3,
+        rollouts="dataset", num_loss_tokens_to_skip=0, report_to=[], save_strategy="no", disable_tqdm=True,
+        teacher_model_kind="ema", teacher_update_rate=0.5, train_sampling_strategy="sequential", optim="sgd", **options,
+    )  # fmt: skip
+    trainer = SDFTTrainer(tiny.model(), config, tiny.rows(), processing_class=tiny.tokenizer())
+    trainer.train()
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    return losses, [p.detach().clone() for p in trainer.model.parameters()], trainer
+
+
+def test_two_processes_equal_one(tmp_path):
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    children = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(tmp_path / "ddp")],
+            env={
+                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
+            },
+            stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(2)
+    ]  # fmt: skip
+    for child in children:
+        _, errors = child.communicate(timeout=120)
+        assert child.returncode == 0, errors
+    losses, parameters, _ = run(tmp_path / "one", batch_size=4)
+    distributed = torch.load(tmp_path / "ddp.pt")
+    assert distributed["losses"] == pytest.approx(losses, rel=1e-5)
+    for a, b in zip(distributed["parameters"], parameters, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    losses, parameters, trainer = run(sys.argv[1], batch_size=2, ddp_backend="gloo")
+    assert trainer.args.world_size == 2 and trainer.model_wrapped is not trainer.model
+    if trainer.args.process_index == 0:
+        torch.save({"losses": losses, "parameters": parameters}, sys.argv[1] + ".pt")
