@@ -149,6 +149,20 @@ def test_forgetting_to_attach_raises_at_the_second_training_forward():
         free(tiny.batch())
 
 
+@pytest.mark.parametrize("kind", ["live", "frozen", "ema"])
+def test_a_teacher_pass_under_autocast_leaves_the_student_its_gradients(kind):
+    """Autocast caches weights cast without gradients; a student pass that reused them would train nothing."""
+    grads = []
+    for autocast in (False, True):
+        model = tiny.model().train()
+        distiller = SelfDistiller(model, kind, skip_first_tokens=0)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = distiller(tiny.batch()).loss
+        loss.backward()
+        grads.append(torch.cat([p.grad.flatten() for p in model.parameters()]))
+    assert (grads[0] - grads[1]).norm() < 0.05 * grads[0].norm()
+
+
 def test_lora_defaults_to_the_base_with_adapters_off_at_no_cost():
     model = lora(init_lora_weights=False).train()
     base = logits(tiny.model())

@@ -134,11 +134,36 @@ def test_cross_entropy_on_the_dataset_is_supervised_fine_tuning(tmp_path):
         torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6)
 
 
+def test_an_engine_and_given_completions_replace_sampling(tmp_path):
+    calls = []
+
+    def engine(prompts, n):
+        calls.append((len(prompts), n))
+        return [[[5, 6, 7, 1]] * n for _ in prompts], [[[-2.0] * 4] * n for _ in prompts]
+
+    made = SDFTTrainer(
+        tiny.model(), config(tmp_path, num_generations=2, gradient_accumulation_steps=2, max_steps=2), tiny.rows(),
+        processing_class=tiny.tokenizer(), rollouts=engine,
+    )  # fmt: skip
+    made.train()
+    assert calls == [(4, 2), (4, 2)]  # once per optimizer step, all micro-batches together
+    assert made.state.log_history[0]["num_loss_tokens"] == 32
+    assert 0 < made.state.log_history[0]["effective_sample_size"] < 1
+    given = [row | {"completion_ids": [[5, 6, 1], [7]]} for row in tiny.rows()]
+    made = SDFTTrainer(
+        tiny.model(), config(tmp_path, rollouts="given", max_steps=1), given, processing_class=tiny.tokenizer()
+    )
+    made.train()
+    assert made.state.log_history[0]["completions/mean_length"] == 2
+
+
 def test_bad_configurations_name_the_fix(tmp_path):
     with pytest.raises(ValueError, match="privileged_context"):
         SDFTTrainer(tiny.model(), config(tmp_path), [{"prompt": "the cat"}], processing_class=tiny.tokenizer())
     with pytest.raises(ValueError, match="completion_ids"):
         SDFTTrainer(tiny.model(), config(tmp_path, rollouts="given"), tiny.rows(), processing_class=tiny.tokenizer())
+    with pytest.raises(TypeError, match="rows by index, got generator"):
+        SDFTTrainer(tiny.model(), config(tmp_path), (row for row in tiny.rows()), processing_class=tiny.tokenizer())
     for options, error, match in (
         (dict(rollouts="oracle"), ValueError, "rollouts"),
         (dict(teacher_model_kind="sync"), NotImplementedError, "sync"),

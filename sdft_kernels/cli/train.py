@@ -127,6 +127,8 @@ def run(args: argparse.Namespace) -> int:
         tokenizer,
         peft_config=_lora(args),
     )
+    teacher = trainer.distiller.teacher
+    print(f"teacher: {teacher.kind}, {teacher.nbytes / 2**20:.1f} MiB beyond the student", file=sys.stderr)
     trainer.remove_callback(PrinterCallback)  # metrics.jsonl and the progress bar in its place
     metrics = MetricsFile(args.output / "metrics.jsonl", resumed_step=_step_of(checkpoint))
     trainer.add_callback(metrics.callback())

@@ -43,8 +43,12 @@ class Teacher:
     @contextlib.contextmanager
     def active(self) -> Iterator[nn.Module]:
         """The model with the teacher's weights, in eval mode and without gradients; all restored afterwards."""
-        with torch.no_grad(), evaluation_mode(self.model), self.weights():
-            yield self.model
+        try:
+            with torch.no_grad(), evaluation_mode(self.model), self.weights():
+                yield self.model
+        finally:
+            # torch releases before 2.13 may hand the student's pass weights that autocast cast here, without a graph.
+            torch.clear_autocast_cache()
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:

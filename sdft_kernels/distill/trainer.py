@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,8 +81,7 @@ class SDFTTrainer(Trainer):
         self.rollouts = rollouts if rollouts is not None else args.rollouts
         check_kind(self.rollouts)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
-            if dataset is not None and len(dataset):
-                check_columns(dataset[0], extra=("completion_ids",) if self.rollouts == "given" else ())
+            _check_dataset(dataset, extra=("completion_ids",) if self.rollouts == "given" else ())
         model, processing_class = _load(model, processing_class, args, peft_config)
         super().__init__(
             model=model,
@@ -331,6 +330,15 @@ def last_complete_checkpoint(output_dir: str) -> str | None:
             continue
         return folder
     return None
+
+
+def _check_dataset(dataset: Any, extra: Sequence[str]) -> None:
+    if dataset is None:
+        return
+    if not hasattr(dataset, "__len__") or not hasattr(dataset, "__getitem__"):
+        raise TypeError(f"a dataset must have a length and rows by index, got {type(dataset).__name__}")
+    if len(dataset):
+        check_columns(dataset[0], extra=extra)
 
 
 def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tuple[Any, Any]:
