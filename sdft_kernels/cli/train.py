@@ -105,6 +105,7 @@ def run(args: argparse.Namespace) -> int:
     from sdft_kernels.distill.trainer import last_complete_checkpoint
 
     transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()  # of every file it writes
     extra = ("completion_ids",) if args.rollouts == "given" else ()
     rows = read_rows(args.data, extra)
     held_out = read_rows(args.eval_data, extra) if args.eval_data else None
