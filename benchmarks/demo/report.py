@@ -138,9 +138,10 @@ def plot_curves(steps: Sequence[dict[str, float]], path: Path) -> None:
     left.plot(x, [step[KL] for step in steps], "o-", label="KL(teacher ‖ student)")
     right.plot(x, [step[STUDENT_ENTROPY] for step in steps], "o-", label="student")
     right.plot(x, [step[TEACHER_ENTROPY] for step in steps], "s-", label="teacher")
-    left.set(title="Divergence on the student's completions", ylabel="nats per token", ylim=(0, None))
-    right.set(title="Entropy of the next token", ylabel="nats", ylim=(0, None))
+    left.set(title="Divergence on the student's completions", ylabel="nats per token")
+    right.set(title="Entropy of the next token", ylabel="nats")
     for axis in (left, right):
+        axis.set_ylim(0, 1.15 * max(max(line.get_ydata()) for line in axis.lines))
         axis.set_xlabel("optimizer step")
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)

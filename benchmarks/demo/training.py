@@ -75,7 +75,9 @@ def train(
     config = SDFTConfig(
         output_dir=str(output),
         num_train_epochs=settings.epochs,
-        per_device_train_batch_size=settings.batch_size,
+        per_device_train_batch_size=min(settings.batch_size, len(tasks)),
+        # AdamW steps by the learning rate whatever the batch: a last batch of one task would weigh as much as ten.
+        dataloader_drop_last=True,
         learning_rate=settings.learning_rate,
         lr_scheduler_type="constant",
         seed=settings.seed,
