@@ -130,6 +130,20 @@ def test_one_token_and_ragged_vocabularies():
             assert torch.allclose(actual[name], truth[name], rtol=1e-9, atol=1e-13), (tokens, vocabulary, name)
 
 
+@pytest.mark.slow
+def test_more_logits_than_an_int32_counts():
+    tokens, vocabulary = 70_001, 30_700
+    assert tokens * vocabulary > 2**31
+    x = make_divergence_inputs("near", tokens=tokens, vocabulary=vocabulary, hidden=2)
+    with torch.no_grad():
+        every = linear_divergence(**x.tensors())
+    last = x.replace(**{n: getattr(x, n)[-3:] for n in ("student_input", "teacher_input", "target")})
+    truth = linear_divergence(**last.to(torch.float64).tensors(), impl="reference")
+    for name, value in truth._asdict().items():
+        if value is not None:
+            assert torch.allclose(getattr(every, name)[-3:].double(), value, rtol=1e-4, atol=1e-6), name
+
+
 def test_non_contiguous_views():
     x = make_divergence_inputs("near", bias=True)
     truth = run_divergence_loss(x, "torch")
