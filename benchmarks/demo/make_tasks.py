@@ -16,18 +16,13 @@ from benchmarks.demo.tools import TOOLS, Task, Tool
 DATA_DIRECTORY = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "heldout")
 SYSTEM = "Answer with one tool call."
-# Format examples, of tools that no task uses. With them the model with the demonstration writes 26 of 30 training
-# calls right, and without it 2; a third example, or types in the signature, changes neither much and costs time.
+# A format example, of a tool that no task uses. With it the model with the demonstration writes 56 of 60 training calls
+# right; two more examples change neither side much and cost a quarter of every step.
 FORMAT_EXAMPLES = (
     (
-        "set_reminder(text, day)",
-        "Remind me to renew the lease on 2 May 2025.",
-        {"tool": "set_reminder", "text": "renew the lease", "day": "2025-05-02"},
-    ),
-    (
-        "resize(width, keep_ratio)",
-        "Make it 800 pixels wide, keep the ratio.",
-        {"tool": "resize", "width": 800, "keep_ratio": True},
+        "set_reminder(text, day, repeat)",
+        "Remind me just once to renew the lease on 2 May 2025.",
+        {"tool": "set_reminder", "text": "renew the lease", "day": "2025-05-02", "repeat": False},
     ),
 )
 

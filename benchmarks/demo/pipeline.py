@@ -35,9 +35,9 @@ class Plan:
         settings: of the training run.
     """
 
-    check: int = 30
-    measured: int = 75
-    trained: int = 60
+    check: int = 15
+    measured: int = 60
+    trained: int = 50
     heldout: int = 30
     template: str | None = None
     settings: Settings = field(default_factory=Settings)
