@@ -87,3 +87,15 @@ def test_speed_table_is_the_committed_data():
         assert float(memory.strip("* ").removesuffix(" MiB").removesuffix("MiB").replace(",", "")) == pytest.approx(
             measured_memory, abs=1
         )
+
+
+def test_demo_table_is_the_committed_run():
+    run = json.loads((ROOT / "benchmarks" / "data" / "demo.json").read_text(encoding="utf-8"))
+    head, rows = rows_after("## See it run")
+    assert head[0] == f"held-out tasks, {run['heldout']['before']['tasks']}"
+    sides = [run["heldout"][name] for name in ("before", "after", "teacher")]
+    assert [int(cell) for cell in rows[0][1:]] == [side["exact"] for side in sides]
+    assert [float(cell) for cell in rows[1][1:]] == [
+        pytest.approx(side["expert_logprob"], abs=0.0051) for side in sides
+    ]
+    assert f"{run['seconds']['total']:.0f} s, {run['peak_memory_gib']:.1f} GiB peak" in TEXT
