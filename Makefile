@@ -41,7 +41,7 @@ help: ## this text
 
 venv: $(STAMPS)/venv ## an empty .venv
 
-demo: $(STAMPS)/native $(STAMPS)/demo $(STAMPS)/model ## SmolLM2-135M learns tool calls by SDFT, about 9 minutes on 2 cores
+demo: $(STAMPS)/native $(STAMPS)/demo $(STAMPS)/model ## SmolLM2-135M learns tool calls by SDFT, about 8 minutes on 2 cores
 	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
 test: $(STAMPS)/native $(STAMPS)/dev ## the test suite

@@ -73,7 +73,7 @@ class Score:
     Attributes:
         answers: its greedy answers, one per task.
         exact: whether each is the expert's call (`is_exact`).
-        expert_logprob: log-probability of the expert's answers in nats, mean over all their tokens.
+        expert_logprob: log-probability of the expert's answers in nats, mean over all their tokens; NaN if not measured.
     """
 
     answers: list[str]
@@ -94,6 +94,7 @@ def score(
     tasks: Sequence[Row],
     *,
     template: str | None = None,
+    with_logprob: bool = True,
     description: str = "scoring",
 ) -> Score:
     """Greedy answers and the expert's log-probability, with a progress bar.
@@ -104,6 +105,7 @@ def score(
         tasks: rows of a task file.
         template: None asks the plain question (the student); a template of `sdft_kernels.distill.templates` shows the
             demonstration too (the teacher).
+        with_logprob: measure the expert's log-probability too; it runs every prompt through the model once more.
         description: label of the progress bar.
     """
     prompts = encode_prompts(tokenizer, [_conversation(task, template) for task in tasks])
@@ -118,10 +120,11 @@ def score(
                 model, prompts[part], max_completion_length=MAX_ANSWER_TOKENS, eos_token_ids=stops, temperature=0.0
             )
             answers += [tokenizer.decode(rollouts[0], skip_special_tokens=True).strip() for rollouts in completions]
-            logprobs += expert_logprobs(model, prompts[part], experts[part])
+            if with_logprob:
+                logprobs += expert_logprobs(model, prompts[part], experts[part])
             bar.update(len(completions))
     exact = [is_exact(answer, task["tool"], task["arguments"]) for answer, task in zip(answers, tasks, strict=True)]
-    return Score(answers, exact, math.fsum(logprobs) / sum(map(len, experts)))
+    return Score(answers, exact, math.fsum(logprobs) / sum(map(len, experts)) if with_logprob else math.nan)
 
 
 @torch.no_grad()
