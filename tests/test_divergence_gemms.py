@@ -9,8 +9,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss
+from sdft_kernels._gemm import Gemm
 from sdft_kernels.divergence import driver, operators, rows_torch
-from sdft_kernels.divergence.gemm import Gemm
 from sdft_kernels.testing import make_divergence_inputs
 
 N, V, H = 512, 4099, 16

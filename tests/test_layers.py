@@ -30,8 +30,8 @@ class Layer:
     lazy: frozenset[str] = frozenset()
 
 
-BASE = ("_version", "_dispatch", "_native")
-TERMS = ("{op}.fields", "{op}.token_loss", "{op}.gemm")
+BASE = ("_version", "_dispatch", "_native", "_head", "_gemm")
+TERMS = ("{op}.fields", "{op}.token_loss")
 OTHER_OPS = ("{other}", "{other}.api")
 ALL_OPS = ("{any}", "{any}.api")
 TORCH = frozenset({"torch"})
@@ -44,9 +44,10 @@ LAYERS = (
     Layer("_version"),
     Layer("_native", ("_version",), eager=TORCH),
     Layer("_dispatch", ("_version", "_native"), eager=TORCH),
+    Layer("_head"),
+    Layer("_gemm", eager=TORCH),
     Layer("{op}.fields", eager=TORCH),
     Layer("{op}.token_loss", ("{op}.fields",), eager=TORCH),
-    Layer("{op}.gemm", (*BASE, "{op}.fields"), eager=TORCH),
     Layer("{op}.rows_triton", (*BASE, *TERMS), eager=TORCH | {"triton"}),
     Layer("{op}.rows_*", (*BASE, *TERMS), eager=TORCH),
     Layer("{op}.reference", (*BASE, *TERMS), eager=TORCH),

@@ -73,7 +73,7 @@ class Score:
     Attributes:
         answers: its greedy answers, one per task.
         exact: whether each is the expert's call (`is_exact`).
-        expert_logprob: log-probability of the expert's answers in nats, mean over all their tokens; NaN if not measured.
+        expert_logprob: log-probability of the expert's answers in nats, mean over all their tokens; NaN: not measured.
     """
 
     answers: list[str]

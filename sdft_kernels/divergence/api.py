@@ -9,8 +9,9 @@ import torch
 from torch import Tensor
 
 from .._dispatch import debug_enabled, resolve
+from .._head import ABSENT_TARGET
 from .driver import Affine, same_tensor
-from .fields import ABSENT_TARGET, NEED_TARGET, TokenDivergence, available_fields
+from .fields import NEED_TARGET, TokenDivergence, available_fields
 from .operators import LossFunction, Options, Tensors, TokensFunction, accumulate_dtype
 from .reference import linear_divergence_reference
 from .token_loss import AffineTokenLoss, TokenLoss, sdft_token_loss

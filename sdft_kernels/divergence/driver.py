@@ -8,16 +8,17 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from .._gemm import exact_matmul
+from .._head import Transform
 from . import rows_torch
-from .fields import DIFFERENTIABLE, FIELDS, Transform, available_fields
-from .gemm import exact_matmul
+from .fields import DIFFERENTIABLE, FIELDS, available_fields
 from .token_loss import TokenLoss, evaluate
 
 DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
 
 
 class Products(Protocol):
-    """What the driver needs of `gemm.Gemm`; tests pass one that counts."""
+    """What the driver needs of `_gemm.Gemm`; tests pass one that counts."""
 
     @property
     def accumulate(self) -> torch.dtype: ...

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from torch import Tensor
@@ -45,26 +44,8 @@ class TokenDivergence(NamedTuple):
 FIELDS = TokenDivergence._fields
 DIFFERENTIABLE = FIELDS[:5]
 NEED_TARGET = ("student_logprob", "teacher_logprob")
-ABSENT_TARGET = -100  # torch's ignore_index: no target at this token
 
 
 def available_fields(has_target: bool, has_jsd: bool) -> tuple[str, ...]:
     """The fields a call can fill."""
     return tuple(f for f in FIELDS if (has_target or f not in NEED_TARGET) and (has_jsd or f != "jsd"))
-
-
-@dataclass(frozen=True)
-class Transform:
-    """From raw logits a = h W^T + bias to z: u = scale * a; c = cap * tanh(u / cap) or u; z = c / temperature."""
-
-    scale: float = 1.0
-    softcap: float | None = None
-    temperature: float = 1.0
-
-    @property
-    def slope(self) -> float:
-        """dz/da where no softcap bends it."""
-        return self.scale / self.temperature
-
-
-IDENTITY = Transform()

@@ -12,9 +12,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._gemm import Gemm
+from .._head import Transform
 from . import driver
-from .fields import DIFFERENTIABLE, FIELDS, Transform
-from .gemm import Gemm
+from .fields import DIFFERENTIABLE, FIELDS
 from .token_loss import TokenLoss
 
 NAMESPACE = "sdft_kernels"

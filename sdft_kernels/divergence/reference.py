@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor
 
-from .fields import ABSENT_TARGET, IDENTITY, TokenDivergence, Transform
+from .._head import ABSENT_TARGET, IDENTITY, Transform
+from .fields import TokenDivergence
 
 
 def logits(input: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:

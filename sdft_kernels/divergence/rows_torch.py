@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .fields import ABSENT_TARGET, DIFFERENTIABLE, FIELDS, Transform
+from .._head import ABSENT_TARGET, Transform
+from .fields import DIFFERENTIABLE, FIELDS
 
 BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 5  # e_s, e_t, gap, product, mixture

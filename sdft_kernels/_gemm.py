@@ -1,4 +1,4 @@
-"""The four matrix products of the op, with fp32 results whatever the operands are. The driver calls nothing else.
+"""The matrix products of the head ops, with fp32 results whatever the operands are. Their drivers call nothing else.
 
 "Upcast" below: PyTorch has no bf16 x bf16 -> fp32 product on CPU, so there the vocabulary is walked in slices of rows
 that are cast to fp32 one at a time; the weight is never cast whole.
