@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .._checks import (
+    check_float_dtypes,
+    check_index_dtypes,
+    check_matrices,
+    check_positive,
+    check_precision,
+    check_shapes,
+    check_target_range,
+    check_teacher_grad,
+    check_tensors,
+    check_weight,
+    operand_dtype,
+)
 from .._dispatch import debug_enabled, resolve
-from .._head import ABSENT_TARGET
-from .driver import Affine, same_tensor
+from .driver import Affine
 from .fields import NEED_TARGET, TokenDivergence, available_fields
 from .operators import LossFunction, Options, Tensors, TokensFunction, accumulate_dtype
 from .reference import linear_divergence_reference
 from .token_loss import AffineTokenLoss, TokenLoss, sdft_token_loss
-
-_FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def linear_divergence(
@@ -88,7 +97,7 @@ def linear_divergence(
         tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
         memory_budget, pack, precision, vocab_group,
     )  # fmt: skip
-    _check(tensors, options)
+    _check(tensors)
     names = _output_names(outputs, target is not None, jsd_alpha is not None)
     if resolve(impl) == "reference":
         tokens = _reference(tensors, options)
@@ -151,7 +160,7 @@ def linear_divergence_loss(
         tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
         memory_budget, pack, precision, vocab_group,
     )  # fmt: skip
-    _check(tensors, options)
+    _check(tensors)
     resolved = _resolve_loss(token_loss, tensors, options)
     names = available_fields(target is not None, jsd_alpha is not None)
     if resolve(impl) == "reference":
@@ -253,66 +262,24 @@ def _options(
         temperature=temperature, student_logit_scale=student_logit_scale, teacher_logit_scale=teacher_logit_scale,
         student_softcap=student_softcap, teacher_softcap=teacher_softcap,
     )  # fmt: skip
-    for name, value in positive.items():
-        if value is not None and not 0 < value < math.inf:
-            raise ValueError(f"{name} must be positive and finite, got {value}")
-    if precision not in (None, "tf32"):
-        raise ValueError(f"precision must be None or 'tf32', got {precision!r}")
-    if precision == "tf32" and (t.student_input.device.type != "cuda" or t.student_input.dtype != torch.float32):
-        raise ValueError("precision='tf32' is for fp32 inputs on CUDA")
-    device = t.student_input.device.type
-    operand = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else t.student_input.dtype
-    if operand == torch.float16:
-        raise ValueError("fp16 is not supported (its range ends at 65504): use bf16 or fp32, or autocast to bf16")
+    check_positive(positive)
+    check_precision(precision, t.student_input)
     return Options(
         jsd_alpha, float(temperature), float(student_logit_scale), float(teacher_logit_scale),
-        student_softcap, teacher_softcap, operand, memory_budget, pack, precision,
+        student_softcap, teacher_softcap, operand_dtype(t.student_input), memory_budget, pack, precision,
     )  # fmt: skip
 
 
-def _check(t: Tensors, o: Options) -> None:
+def _check(t: Tensors) -> None:
     """Shapes, dtypes, devices, and who may require grad."""
-    for name, tensor in zip(Tensors._fields, t, strict=True):
-        if tensor is not None and not isinstance(tensor, Tensor):
-            raise ValueError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    tensors = t._asdict()
+    check_tensors({name: value for name, value in tensors.items() if value is not None})
     for name in ("student_weight", "teacher_weight"):
-        _check_weight(name, getattr(t, name))
-    _check_shapes(t)
-    autocast = torch.is_autocast_enabled(t.student_input.device.type)
-    for name in Tensors._fields[:6]:
-        tensor = getattr(t, name)
-        if tensor is None:
-            continue
-        if tensor.dtype not in _FLOAT_DTYPES:
-            raise ValueError(f"{name} must be fp32, bf16 or fp64, got {tensor.dtype}")
-        if not autocast and tensor.dtype != t.student_input.dtype:
-            raise ValueError(
-                f"{name} is {tensor.dtype} but student_input is {t.student_input.dtype}: cast one, or use autocast"
-            )
-    if t.teacher_input.requires_grad and torch.is_grad_enabled():
-        raise ValueError("teacher_input requires grad: compute the teacher under torch.no_grad(), or detach it")
-    for name, own in (("teacher_weight", t.student_weight), ("teacher_bias", t.student_bias)):
-        tensor = getattr(t, name)
-        if tensor is not None and tensor.requires_grad and not same_tensor(tensor, own):
-            raise ValueError(f"{name} requires grad and is not the student's: it would get none; pass {name}.detach()")
-    _check_target(t)
-
-
-def _check_weight(name: str, weight: Tensor) -> None:
-    if hasattr(weight, "full_tensor"):
-        raise ValueError(f"{name} is a DTensor: pass {name}.full_tensor(), gathered once inside the wrapper's forward")
-    if weight.numel() == 0:
-        raise ValueError(
-            f"{name} is empty, {tuple(weight.shape)}: a sharded parameter (ZeRO-3) must be gathered around this call"
-        )
-
-
-def _check_shapes(t: Tensors) -> None:
-    for name in ("student_input", "student_weight", "teacher_input", "teacher_weight"):
-        if getattr(t, name).dim() != 2:
-            raise ValueError(f"{name} must be 2-D, got {tuple(getattr(t, name).shape)}")
+        check_weight(name, tensors[name])
+    matrices = ("student_input", "student_weight", "teacher_input", "teacher_weight")
+    check_matrices({name: tensors[name] for name in matrices})
     count, vocabulary = t.student_input.shape[0], t.student_weight.shape[0]
-    expected = dict(
+    expected: dict[str, tuple[int, ...]] = dict(
         student_weight=(vocabulary, t.student_input.shape[1]),
         teacher_input=(count, t.teacher_input.shape[1]),
         teacher_weight=(vocabulary, t.teacher_input.shape[1]),
@@ -321,31 +288,11 @@ def _check_shapes(t: Tensors) -> None:
         target=(count,),
         mask=(count,),
     )
-    for name, shape in expected.items():
-        tensor = getattr(t, name)
-        if tensor is None:
-            continue
-        if tuple(tensor.shape) != shape:
-            hint = " (both models must share a vocabulary)" if name == "teacher_weight" else ""
-            raise ValueError(f"{name} must be {shape}, got {tuple(tensor.shape)}{hint}")
-        if tensor.device != t.student_input.device:
-            raise ValueError(f"{name} is on {tensor.device} but student_input is on {t.student_input.device}")
-    if t.mask is not None and t.mask.dtype != torch.bool:
-        raise ValueError(f"mask must be bool, got {t.mask.dtype}")
-    if t.target is not None and t.target.dtype != torch.int64:
-        raise ValueError(f"target must be int64, got {t.target.dtype}")
-
-
-def _check_target(t: Tensors) -> None:
-    """Out of range: raised where looking is free (CPU) or asked for (debug)."""
-    if t.target is None or torch.compiler.is_compiling() or not (t.target.device.type == "cpu" or debug_enabled()):
-        return
-    vocabulary = t.student_weight.shape[0]
-    wrong = (t.target != ABSENT_TARGET) & ((t.target < 0) | (t.target >= vocabulary))
-    if t.mask is not None:
-        wrong &= t.mask
-    if wrong.any():
-        where = int(wrong.nonzero()[0, 0])
-        raise ValueError(
-            f"target[{where}] is {int(t.target[where])}: must be in [0, {vocabulary}), or {ABSENT_TARGET} for absent"
-        )
+    check_shapes(tensors, expected, t.student_input, "student_input")
+    check_index_dtypes(t.target, t.mask)
+    check_float_dtypes({name: tensors[name] for name in Tensors._fields[:6]}, t.student_input, "student_input")
+    check_teacher_grad(
+        t.teacher_input,
+        {"teacher_weight": (t.teacher_weight, t.student_weight), "teacher_bias": (t.teacher_bias, t.student_bias)},
+    )
+    check_target_range(t.target, t.mask, vocabulary)
