@@ -1,0 +1,101 @@
+"""Tiny models, batches and trainers for the tests of the TRL integration."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import distill_tiny as tiny
+import torch
+
+VOCABULARY = 211  # more than the tokenizer has: top-k leaves a tail
+SIZES = dict(
+    vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, max_position_embeddings=96, eos_token_id=1, pad_token_id=1, bos_token_id=None,
+    initializer_range=0.2,
+)  # fmt: skip
+
+
+def model(family: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
+    """Qwen2 (untied head), Gemma 2 and 3 (tied, softcap) or Cohere (tied, logit scale), random weights."""
+    import transformers as hf
+
+    config, cls, extra = {
+        "qwen2": (hf.Qwen2Config, hf.Qwen2ForCausalLM, dict(tie_word_embeddings=False)),
+        # A cap within reach of the logits, so that leaving it out shows. Gemma 2 has eager attention only, whose fp32
+        # softmax makes NaN of left-padded rows in an fp64 model; Gemma 3 has none of that.
+        "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, dict(head_dim=8, final_logit_softcapping=4.0)),
+        "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, dict(head_dim=8, final_logit_softcapping=4.0)),
+        "cohere": (hf.CohereConfig, hf.CohereForCausalLM, dict(logit_scale=0.35)),
+    }[family]  # fmt: skip
+    torch.manual_seed(seed)
+    return cls(config(**(SIZES | extra | overrides)))
+
+
+def near(student: Any, amount: float = 0.1, seed: int = 7) -> Any:
+    """A frozen teacher a little away from the student: every weight times 1 + amount * noise."""
+    generator = torch.Generator().manual_seed(seed)
+    teacher = copy.deepcopy(student).requires_grad_(False).eval()
+    for parameter in teacher.parameters():
+        noise = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
+        parameter.mul_(1 + amount * noise)
+    return teacher
+
+
+def trainer(cls: type, student: Any, teacher: Any, folder: Any, peft_config: Any = None, **options: Any) -> Any:
+    """A real trainer around `student`; `teacher` None keeps the trainer's own."""
+    from datasets import Dataset
+    from trl.experimental.sdft import SDFTConfig
+
+    defaults: dict[str, Any] = dict(
+        output_dir=str(folder), use_cpu=True, bf16=False, report_to=[], save_strategy="no", disable_tqdm=True,
+        teacher_model_kind="live", gradient_checkpointing=False, per_device_train_batch_size=4, num_generations=2,
+        max_completion_length=6, max_prompt_length=24, logging_steps=1, distillation_mode="full_logits",
+    )  # fmt: skip
+    result = cls(
+        model=student, args=SDFTConfig(**(defaults | options)), train_dataset=Dataset.from_list(tiny.rows()),
+        processing_class=tiny.tokenizer(), peft_config=peft_config,
+    )  # fmt: skip
+    if teacher is not None:
+        result.teacher_model = teacher
+    result.current_gradient_accumulation_steps = 2  # set by train(), which most tests leave out
+    return result
+
+
+def batch(masks: str = "ragged", dtype: torch.dtype = torch.float32, sequences: int = 3, length: int = 9) -> dict:
+    """A training batch as `SDFTTrainer` builds it: left-padded prompts, right-padded completions.
+
+    `masks`: "ragged" completions; "row" has one with nothing left after skipping 2 tokens; "none" has no token.
+    """
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: torch.randint(0, VOCABULARY, shape, generator=generator)  # noqa: E731
+    completion_mask = torch.ones(sequences, length, dtype=torch.long)
+    completion_mask[1, 6:] = 0
+    if masks == "row":
+        completion_mask[2, 2:] = 0
+    if masks == "none":
+        completion_mask[:, 2:] = 0
+    prompt_mask = torch.ones(sequences, 5, dtype=torch.long)
+    prompt_mask[0, :2] = 0
+    teacher_mask = torch.ones(sequences, 8, dtype=torch.long)
+    teacher_mask[2, :3] = 0
+    completion_ids = draw(sequences, length)
+    return dict(
+        prompt_ids=draw(sequences, 5), prompt_mask=prompt_mask, completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        teacher_input_ids=torch.cat([draw(sequences, 8), completion_ids], 1),
+        teacher_attention_mask=torch.cat([teacher_mask, completion_mask], 1),
+        # From far below to far above the student's own: the ratio is small, near one and clipped.
+        old_per_token_logps=-4 + 2 * torch.randn(sequences, length, generator=generator, dtype=dtype),
+    )  # fmt: skip
+
+
+def loss_and_gradients(own: Any, inputs: dict) -> tuple[torch.Tensor, dict[str, torch.Tensor], dict[str, list[float]]]:
+    """The trainer's loss on `inputs`, the gradient of every parameter that has one, and what it logged."""
+    own.model.zero_grad()
+    for logged in own._metrics.values():
+        logged.clear()
+    loss = own.compute_loss(own.model, inputs)
+    loss.backward()
+    gradients = {name: p.grad for name, p in own.model.named_parameters() if p.grad is not None}
+    return loss.detach(), gradients, {name: list(values) for name, values in own._metrics["train"].items()}
