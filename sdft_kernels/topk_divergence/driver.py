@@ -139,14 +139,16 @@ class _Forward:
             y, of_teacher = self._look(self.teacher, other, teacher, ids, "teacher_mass")
         else:
             y, of_teacher = self.teacher.logprobs[take], None  # type: ignore[union-attr]
-        logprobs = z if statistics is None else statistics.logprobs(z)
-        teacher_logprobs = y if of_teacher is None else of_teacher.logprobs(y)
+        logprobs, student_rest = (z, None) if statistics is None else statistics.split(z, ids)
+        teacher_logprobs, teacher_rest = (y, None) if of_teacher is None else of_teacher.split(y, ids)
         numbers[1] = rows_support.log_mass(logprobs, ids).exp()[:, 0]
         numbers[2] = (mass := rows_support.log_mass(teacher_logprobs, ids)).exp()[:, 0]
         rests = None
-        if r.tail == "bucket" and statistics is not None:
-            cached_rest = -mass.clamp_max(MAX_LOG_MASS).expm1()
-            rests = (statistics.rest_share(), cached_rest if of_teacher is None else of_teacher.rest_share())
+        if r.tail == "bucket" and student_rest is not None:
+            rests = (
+                student_rest,
+                rows_support.log_rest(mass.clamp_max(MAX_LOG_MASS)) if teacher_rest is None else teacher_rest,
+            )
         if student is not None and statistics is not None and self.target is not None:
             numbers[3] = rows_torch.target_logprob(student, statistics, self.target[take])
         a, b = (logprobs, teacher_logprobs) if r.dense else (z, y)

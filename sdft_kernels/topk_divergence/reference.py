@@ -11,7 +11,8 @@ from .._head import ABSENT_TARGET, IDENTITY, Transform
 from .fields import GIVEN, MAX_LOG_MASS, PADDING, Restriction, TopkDivergence
 
 
-def _log_softmax(input: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
+def _log_softmax(input: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor]:
+    """Raw logits and log p, (N, V) each."""
     raw = input @ weight.t()
     if bias is not None:
         raw = raw + bias
@@ -20,22 +21,26 @@ def _log_softmax(input: Tensor, weight: Tensor, bias: Tensor | None, transform: 
     z = raw.masked_fill(absent, 0.0) * transform.scale
     if transform.softcap is not None:
         z = transform.softcap * torch.tanh(z / transform.softcap)
-    return (z / transform.temperature).masked_fill(absent, -math.inf).log_softmax(-1)
+    return raw, (z / transform.temperature).masked_fill(absent, -math.inf).log_softmax(-1)
 
 
-def _support(x: Tensor, y: Tensor, teacher_ids: Tensor | None, given: Tensor | None, r: Restriction) -> Tensor:
-    """ids from log p_s and log p_t, each (N, V)."""
+def _support(
+    student: Tensor, teacher: Tensor, teacher_ids: Tensor | None, given: Tensor | None, r: Restriction
+) -> Tensor:
+    """ids from raw logits (N, V): a softcap rounds the largest to equals."""
     if r.support == GIVEN:
         assert given is not None
         return given
-    student_ids = x.topk(r.k).indices if r.support != "teacher" else None
+    student_ids = student.topk(r.k).indices if r.support != "teacher" else None
     if teacher_ids is None:
-        teacher_ids = y.topk(r.k).indices
+        teacher_ids = teacher.topk(r.k).indices
     if student_ids is None:
         return teacher_ids
     if r.support == "student":
         return student_ids
-    among = torch.zeros_like(x, dtype=torch.bool).scatter(1, student_ids, True).gather(1, teacher_ids.clamp_min(0))
+    among = (
+        torch.zeros_like(student, dtype=torch.bool).scatter(1, student_ids, True).gather(1, teacher_ids.clamp_min(0))
+    )
     if r.support == "intersection":
         return teacher_ids.where(among & (teacher_ids != PADDING), PADDING)
     return torch.cat([student_ids, teacher_ids.masked_fill(among, PADDING)], -1)
@@ -95,8 +100,8 @@ def linear_topk_divergence_reference(
 ) -> TopkDivergence:
     """`linear_topk_divergence` with the logits in memory, in the inputs' own dtype; autograd does the gradient."""
     index = torch.arange(len(student_input), device=student_input.device) if mask is None else mask.nonzero()[:, 0]
-    x = _log_softmax(student_input[index], student_weight, student_bias, student_transform)
-    teacher_ids, y = None, x
+    raw, x = _log_softmax(student_input[index], student_weight, student_bias, student_transform)
+    teacher_ids, teacher_raw, y = None, raw, x
     with torch.no_grad():
         if teacher_topk is not None:
             teacher_ids, logprobs = teacher_topk[0][index], teacher_topk[1][index].to(x.dtype)
@@ -105,8 +110,8 @@ def linear_topk_divergence_reference(
             first = (teacher_ids == 0).any(-1)  # padding was scattered to id 0: put the real one back
             y[first, 0] = logprobs[teacher_ids == 0]
         elif teacher_input is not None and teacher_weight is not None:
-            y = _log_softmax(teacher_input[index], teacher_weight, teacher_bias, teacher_transform)
-    ids = _support(x, y, teacher_ids, None if given is None else given[index], restriction)
+            teacher_raw, y = _log_softmax(teacher_input[index], teacher_weight, teacher_bias, teacher_transform)
+    ids = _support(raw, teacher_raw, teacher_ids, None if given is None else given[index], restriction)
     a, b = x.gather(1, ids.clamp_min(0)), y.gather(1, ids.clamp_min(0))
     masses = (v.detach().exp().masked_fill(ids == PADDING, 0.0).sum(-1) for v in (a, b))
     student_logprob = None

@@ -29,21 +29,26 @@ def log_mass(logprobs: Tensor, ids: Tensor) -> Tensor:
     return logprobs.double().masked_fill(ids == PADDING, -math.inf).logsumexp(-1, keepdim=True)
 
 
+def log_rest(mass: Tensor) -> Tensor:
+    """log(1 - e^mass): what a log-mass leaves."""
+    return torch.where(mass < -math.log(2), (-mass.exp()).log1p(), (-mass.expm1()).log())
+
+
 def support_divergence(
     a: Tensor,  # (C, K) z of the student where renormalised, else log p_s
     b: Tensor,  # (C, K) the teacher's
     ids: Tensor,  # (C, K), -1 in padding
-    rests: tuple[Tensor, Tensor] | None,  # (C, 1) each, student's and teacher's probability of the rest: for a bucket
+    rests: tuple[Tensor, Tensor] | None,  # (C, 1) each, student's and teacher's log-probability of the rest: a bucket
     restriction: Restriction,
 ) -> tuple[Tensor, Tensor]:
     """The divergence (C,) and its gradient in `a` (C, K), 0 in padding; both fp64."""
     padding = ids == PADDING
     a, b = (v.double().masked_fill(padding, -math.inf) for v in (a, b))
-    least = -math.expm1(MAX_LOG_MASS)
+    least = math.log(-math.expm1(MAX_LOG_MASS))
     if restriction.tail == "renormalize":
         x, y = _renormalize(a, padding), _renormalize(b, padding)
     elif rests is not None:
-        x, y = (torch.cat([v, r.double().clamp_min(least).log()], -1) for v, r in zip((a, b), rests, strict=True))
+        x, y = (torch.cat([v, r.double().clamp_min(least)], -1) for v, r in zip((a, b), rests, strict=True))
     else:
         x, y = a, b
     terms, slopes = _pointwise(x, y, restriction.alpha)
@@ -51,8 +56,8 @@ def support_divergence(
         slopes = slopes.masked_fill(terms > restriction.per_entry_clip, 0.0)
         terms = terms.clamp(max=restriction.per_entry_clip)
     value = terms.sum(-1)
-    if restriction.tail != "drop" and restriction.per_entry_clip is None:
-        value = value.clamp_min(0)  # a divergence; rounding may say -1e-17
+    if restriction.tail == "renormalize" and restriction.per_entry_clip is None:
+        value = value.clamp_min(0)  # rounding may say -1e-17; beside a bucket held at its least -1e-10 is right
     if restriction.tail == "renormalize":
         slopes = slopes - x.exp() * slopes.sum(-1, keepdim=True)
     elif rests is not None:  # the rest is 1 - sum_k e^a_k, unless it is held at its least
@@ -73,8 +78,8 @@ def to_raw(gradient: Tensor, z: Tensor, transform: Transform) -> Tensor:
 
 def _renormalize(a: Tensor, padding: Tensor) -> Tensor:
     """log-probabilities within the support. NaN where it has entries and no probability; left alone where empty."""
-    total = a.logsumexp(-1, keepdim=True)
-    return a - total.masked_fill(padding.all(-1, keepdim=True), 0.0)
+    a = a - a.amax(-1, keepdim=True).masked_fill(padding.all(-1, keepdim=True), 0.0)
+    return a - a.exp().sum(-1, keepdim=True).log().masked_fill(padding.all(-1, keepdim=True), 0.0)
 
 
 def _pointwise(x: Tensor, y: Tensor, alpha: float) -> tuple[Tensor, Tensor]:

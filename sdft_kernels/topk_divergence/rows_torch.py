@@ -27,13 +27,16 @@ class Statistics(NamedTuple):
     total: Tensor  # sum_v e^(z_v - top)
     rest: Tensor  # the same over the entries that are not in the support
 
-    def logprobs(self, z: Tensor) -> Tensor:
-        """log p of entries with `z` (C, K)."""
-        return z - self.top - self.total.log()
+    def split(self, z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        """log p of the entries with `z` (C, K), and of all that is not among them (C, 1); fp64.
 
-    def rest_share(self) -> Tensor:
-        """Probability of what is not in the support, (C, 1)."""
-        return self.rest / self.total
+        The entries' own sum replaces their part of `total`: the outcomes then sum to 1 to the last bit of fp64, without
+        which a divergence of 1e-3 carries the rounding of an fp32 sum in its first digits.
+        """
+        gap = z.double() - self.top
+        entries = gap.masked_fill(ids == PADDING, -math.inf).exp().sum(-1, keepdim=True)
+        rest = self.rest.double()
+        return gap - (entries + rest).log(), -(entries / rest).log1p()
 
 
 def block_rows(vocabulary: int) -> int:
