@@ -143,6 +143,8 @@ def _pair(teacher_topk: tuple[Tensor, Tensor] | None) -> tuple[Tensor | None, Te
         return None, None
     if not isinstance(teacher_topk, (tuple, list)) or len(teacher_topk) != 2:
         raise ValueError(f"teacher_topk must be (ids, logprobs), got {type(teacher_topk).__name__}")
+    for i, value in enumerate(teacher_topk):
+        check_tensors({f"teacher_topk[{i}]": value})
     return teacher_topk[0], teacher_topk[1]
 
 
@@ -211,8 +213,7 @@ def _check(t: Tensors, teachers: dict[str, float | None]) -> None:
     tensors["teacher_topk[0]"], tensors["teacher_topk[1]"] = tensors.pop("teacher_ids"), tensors.pop("teacher_logprobs")
     tensors["support"] = tensors.pop("given")
     cached = t.teacher_ids is not None
-    required = ["student_input", "student_weight"]
-    required += ["teacher_topk[1]"] if cached else ["teacher_input", "teacher_weight"]
+    required = ["student_input", "student_weight", *(() if cached else ("teacher_input", "teacher_weight"))]
     live = [n for n in ("teacher_input", "teacher_weight", "teacher_bias") if tensors[n] is not None]
     if cached and (live or teachers != {"teacher_logit_scale": 1.0, "teacher_softcap": None}):
         named = live or [n for n, v in teachers.items() if v not in (1.0, None)]
