@@ -299,7 +299,7 @@ def test_a_teacher_that_gets_nothing_right_is_an_error(tiny_model: Path) -> None
 
 
 def test_only_tasks_the_teacher_gets_right_are_admitted(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
-    def fake_score(_: Any, __: Any, tasks: list[dict[str, Any]], *, template: str | None = None, description: str):
+    def fake_score(_: Any, __: Any, tasks: list[dict[str, Any]], *, template: str | None = None, **_options: Any):
         right = {None: 0, "turn": 2, "paper": 1}[template]
         return make_score([i < right for i in range(len(tasks))], -0.1)
 

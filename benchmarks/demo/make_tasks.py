@@ -16,8 +16,8 @@ from benchmarks.demo.tools import TOOLS, Task, Tool
 DATA_DIRECTORY = Path(__file__).resolve().parent / "data"
 SPLITS = ("train", "heldout")
 SYSTEM = "Answer with one tool call."
-# One format example, of a tool that no task uses. With it the model with the demonstration writes 56 of 60 training
-# calls right (benchmarks/data/demo.json); every further example is read again in every prompt of every step.
+# One format example, of a tool that no task uses. With it the model with the demonstration writes 43 of the first 45
+# training calls right (benchmarks/data/demo_seed0.json); every further example is read again in every prompt.
 FORMAT_EXAMPLES = (
     (
         "set_reminder(text, day, repeat)",
