@@ -2,19 +2,37 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
+
+import torch
 
 IMPLEMENTATIONS = ("auto", "reference", "torch", "native", "triton")
 
-# Why a row kernel of design's list cannot run in this release. An op asks here before it imports anything.
-_UNAVAILABLE = {
-    "native": "the C++/CUDA row kernels are not part of this release",
-    "triton": "the Triton row kernels are not part of this release",
+# Row kernels that exist, by op.
+_WRITTEN = {
+    "linear_divergence": ("reference", "torch", "triton"),
+    "linear_token_logprob": ("reference", "torch"),
+    "linear_topk_divergence": ("reference", "torch"),
 }
+_NAMES = {"native": "C++/CUDA", "triton": "Triton"}
+_TRITON_CAPABILITY = (8, 0)
 
 
-def resolve(impl: str, op: str = "linear_divergence") -> str:
-    """Return the implementation that `op` runs for `impl`: ``"reference"`` or ``"torch"``.
+def resolve(
+    impl: str,
+    op: str = "linear_divergence",
+    *,
+    device: torch.device | str | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> str:
+    """Return the implementation that `op` runs for `impl`: ``"reference"``, ``"torch"`` or ``"triton"``.
+
+    Args:
+        impl: one of `IMPLEMENTATIONS`; ``"auto"`` is Triton on CUDA where it can run, else PyTorch.
+        op: name of the op.
+        device: of the tensors; None is CUDA where PyTorch sees a GPU, else CPU.
+        dtype: in which the op sums.
 
     Raises:
         ValueError: `impl` is not one of `IMPLEMENTATIONS`.
@@ -22,16 +40,47 @@ def resolve(impl: str, op: str = "linear_divergence") -> str:
     """
     if impl not in IMPLEMENTATIONS:
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
-    if impl in _UNAVAILABLE:
-        raise RuntimeError(f"{op}(impl={impl!r}) cannot run: {_UNAVAILABLE[impl]}; use impl='auto'")
-    return "torch" if impl == "auto" else impl
+    device = _device(device)
+    if impl == "auto":
+        return "triton" if device.type == "cuda" and why_not("triton", op, device, dtype) is None else "torch"
+    why = why_not(impl, op, device, dtype)
+    if why is not None:
+        raise RuntimeError(f"{op}(impl={impl!r}) cannot run: {why}; use impl='auto'")
+    return impl
+
+
+def why_not(
+    impl: str, op: str, device: torch.device | str | None = None, dtype: torch.dtype = torch.float32
+) -> str | None:
+    """Why `impl` cannot run `op` on tensors of this device and dtype; None if it can."""
+    if impl not in _WRITTEN[op]:
+        return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
+    return _why_not_triton(str(_device(device)), dtype) if impl == "triton" else None
+
+
+@torch.compiler.assume_constant_result
+def _why_not_triton(device: str, dtype: torch.dtype) -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed (pip install 'sdft-kernels[triton]')"
+    if not device.startswith("cuda"):
+        interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
+        return None if interpreted else f"its kernels run on CUDA, not on {device} (except with TRITON_INTERPRET=1)"
+    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
+        return f"its kernels need compute capability {_TRITON_CAPABILITY[0]}.{_TRITON_CAPABILITY[1]}"
+    if dtype == torch.float64:
+        return "Triton passes temperatures, scales and alpha in fp32, which is not enough for fp64 inputs"
+    return None
 
 
 def available(op: str = "linear_divergence") -> dict[str, str]:
     """Map every implementation of `op` to ``"available"`` or to the reason why it cannot run."""
-    return {name: _UNAVAILABLE.get(name, "available") for name in IMPLEMENTATIONS if name != "auto"}
+    return {name: why_not(name, op) or "available" for name in IMPLEMENTATIONS if name != "auto"}
 
 
 def debug_enabled() -> bool:
     """True if ``SDFT_KERNELS_DEBUG=1``: check what costs a host synchronisation or a second evaluation."""
     return os.environ.get("SDFT_KERNELS_DEBUG", "0") not in ("", "0")
+
+
+def _device(device: torch.device | str | None) -> torch.device:
+    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device is None else device)

@@ -48,9 +48,18 @@ class Gemm:
             return 0
         return 2 * UPCAST_SLICE_BYTES
 
+    def gradient_dtype(self, device: torch.device) -> torch.dtype:
+        """Of dL/dlogits as it enters the last two products: rounded once, where they run in `operand`."""
+        return self.accumulate if device.type == "cpu" else self.operand
+
     def bytes_per_logit(self, device: torch.device) -> int:
-        """Bytes for each element of the gradient tile that enters the last two products in `operand`."""
-        return self.operand.itemsize if device.type != "cpu" and self.operand != self.accumulate else 0
+        """Bytes for each element of the gradient tile whose copy in `gradient_dtype` enters the last two products."""
+        dtype = self.gradient_dtype(device)
+        return 0 if dtype == self.accumulate else dtype.itemsize
+
+    def round_gradient(self, grad: Tensor) -> Tensor:
+        """dL/dlogits in `gradient_dtype`."""
+        return grad.to(self.gradient_dtype(grad.device))
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, V) = hidden weight^T + bias."""
@@ -61,10 +70,6 @@ class Gemm:
             torch.mm(hidden.to(self.operand), weight.to(self.operand).t(), out_dtype=self.accumulate, out=out)
         if bias is not None:
             out += bias.to(self.accumulate)
-
-    def round_gradient(self, grad: Tensor) -> Tensor:
-        """dL/dlogits as it enters the last two products: rounded once where they run in `operand`."""
-        return grad if grad.device.type == "cpu" else grad.to(self.operand)
 
     def grad_input(self, grad: Tensor, weight: Tensor, out: Tensor) -> None:
         """out (n, H) = grad weight."""

@@ -85,7 +85,7 @@ def test_out_of_range_target_reaching_the_rows_is_nan():
 
     z = torch.randn(3, 11)
     tokens = torch.zeros(len(FIELDS), 3)
-    rows_torch.divergence_stats(z, z.clone(), torch.tensor([4, 11, -100]), (IDENTITY, IDENTITY), None, tokens)
+    rows_torch.divergence_stats(z, z.clone(), torch.tensor([4, 11, -100]), (IDENTITY, IDENTITY), None, None, tokens)
     logprob = tokens[FIELDS.index("student_logprob")]
     assert logprob[0] < 0 and logprob[1].isnan() and logprob[2] == 0
 
@@ -261,7 +261,7 @@ def test_a_row_all_minus_inf_is_nan_in_that_token():
     z_s[1] = -INF
     z_s[2, :40] = z_t[2, :40] = -INF
     tokens = torch.zeros(len(FIELDS), 3)
-    rows_torch.divergence_stats(z_s, z_t, None, (IDENTITY, IDENTITY), 0.3, tokens)
+    rows_torch.divergence_stats(z_s, z_t, None, (IDENTITY, IDENTITY), 0.3, None, tokens)
     assert tokens[0, 1].isnan() and tokens[0, [0, 2]].isfinite().all()
 
 

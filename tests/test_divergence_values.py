@@ -151,7 +151,7 @@ def linear_from_logits(student, teacher):
 
 def rows_from_logits(student, teacher):
     tokens = torch.zeros(len(FIELDS), student.shape[0])
-    rows_torch.divergence_stats(student.clone(), teacher.clone(), None, (IDENTITY, IDENTITY), None, tokens)
+    rows_torch.divergence_stats(student.clone(), teacher.clone(), None, (IDENTITY, IDENTITY), None, None, tokens)
     return tokens[0], tokens[1]
 
 

@@ -30,7 +30,7 @@ class Layer:
     lazy: frozenset[str] = frozenset()
 
 
-BASE = ("_version", "_dispatch", "_native", "_head", "_gemm")
+BASE = ("_version", "_dispatch", "_native", "_head", "_gemm", "_checks", "_chunks")
 TERMS = ("{op}.fields", "{op}.token_loss")
 OTHER_OPS = ("{other}", "{other}.api")
 ALL_OPS = ("{any}", "{any}.api")
@@ -46,6 +46,8 @@ LAYERS = (
     Layer("_dispatch", ("_version", "_native"), eager=TORCH),
     Layer("_head"),
     Layer("_gemm", eager=TORCH),
+    Layer("_checks", ("_head", "_dispatch"), eager=TORCH),
+    Layer("_chunks", ("_head", "_gemm"), eager=TORCH),
     Layer("{op}.fields", eager=TORCH),
     Layer("{op}.token_loss", ("{op}.fields",), eager=TORCH),
     Layer("{op}.rows_triton", (*BASE, *TERMS), eager=TORCH | {"triton"}),

@@ -78,7 +78,8 @@ def linear_divergence(
             weight's gradient. None is 256 MiB on CPU, 1.5 GiB on CUDA.
         pack: gather the unmasked tokens first (one host synchronisation). False computes all and selects.
         precision: ``"tf32"`` allows TF32 products for fp32 inputs on CUDA; None ignores the global switches.
-        impl: ``"auto"``, ``"torch"`` or ``"reference"`` (materialises the logits).
+        impl: ``"auto"`` (Triton row kernels on CUDA, PyTorch's elsewhere), ``"torch"``, ``"triton"`` or ``"reference"``
+            (materialises the logits).
 
     Returns:
         `TokenDivergence` of (N,) tensors: fp32, fp64 for fp64 inputs.
@@ -95,11 +96,11 @@ def linear_divergence(
     )
     options = _options(
         tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
-        memory_budget, pack, precision, vocab_group,
+        memory_budget, pack, precision, vocab_group, impl,
     )  # fmt: skip
     _check(tensors)
     names = _output_names(outputs, target is not None, jsd_alpha is not None)
-    if resolve(impl) == "reference":
+    if options.impl == "reference":
         tokens = _reference(tensors, options)
         return TokenDivergence(**{name: getattr(tokens, name) for name in names})
     values = TokensFunction.apply(*tensors[:3], tensors[3:], options, names, torch.is_grad_enabled())
@@ -158,12 +159,12 @@ def linear_divergence_loss(
         raise ValueError(f"token_loss must be an AffineTokenLoss or a callable, got {type(token_loss).__name__}")
     options = _options(
         tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
-        memory_budget, pack, precision, vocab_group,
+        memory_budget, pack, precision, vocab_group, impl,
     )  # fmt: skip
     _check(tensors)
     resolved = _resolve_loss(token_loss, tensors, options)
     names = available_fields(target is not None, jsd_alpha is not None)
-    if resolve(impl) == "reference":
+    if options.impl == "reference":
         return _reference_loss(tensors, options, resolved)
     loss, tokens = LossFunction.apply(
         *tensors[:3], tensors[3:], options, resolved, debug_enabled(), torch.is_grad_enabled()
@@ -253,6 +254,7 @@ def _options(
     pack: bool,
     precision: str | None,
     vocab_group: Any,
+    impl: str,
 ) -> Options:
     if vocab_group is not None:
         raise NotImplementedError("vocab_group: a vocabulary sharded over a process group is not supported yet")
@@ -264,9 +266,11 @@ def _options(
     )  # fmt: skip
     check_positive(positive)
     check_precision(precision, t.student_input)
+    operand = operand_dtype(t.student_input)
     return Options(
         jsd_alpha, float(temperature), float(student_logit_scale), float(teacher_logit_scale),
-        student_softcap, teacher_softcap, operand_dtype(t.student_input), memory_budget, pack, precision,
+        student_softcap, teacher_softcap, operand, memory_budget, pack, precision,
+        resolve(impl, "linear_divergence", device=t.student_input.device, dtype=accumulate_dtype(operand)),
     )  # fmt: skip
 
 

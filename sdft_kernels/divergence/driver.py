@@ -10,7 +10,6 @@ from torch import Tensor
 
 from .._gemm import exact_matmul
 from .._head import Transform
-from . import rows_torch
 from .fields import DIFFERENTIABLE, FIELDS, available_fields
 from .token_loss import TokenLoss, evaluate
 
@@ -23,11 +22,69 @@ class Products(Protocol):
     @property
     def accumulate(self) -> torch.dtype: ...
     def scratch_bytes(self, device: torch.device, weight: Tensor) -> int: ...
+    def gradient_dtype(self, device: torch.device) -> torch.dtype: ...
     def bytes_per_logit(self, device: torch.device) -> int: ...
-    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
     def round_gradient(self, grad: Tensor) -> Tensor: ...
+    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
     def grad_input(self, grad: Tensor, weight: Tensor, out: Tensor) -> None: ...
     def grad_weight(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None: ...
+
+
+class Rows(Protocol):
+    """What an implementation provides: the row kernels, which see two tiles of raw logits and no product."""
+
+    ROUNDS: bool  # writes the gradient in the next product's dtype itself, without a copy
+
+    def row_stride(self, vocabulary: int) -> int: ...
+    def scratch_bytes(self, count: int, vocabulary: int, itemsize: int) -> int: ...
+    def affine_(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        weights: dict[str, Tensor],
+        old_logprob: Tensor | None,
+        importance_clip: float | None,
+        transforms: tuple[Transform, Transform],
+        alpha: float | None,
+        keep: Tensor | None,
+        tokens: Tensor,
+        loss: Tensor,
+        gradient_dtype: torch.dtype | None,
+    ) -> Tensor | None: ...
+    def divergence_stats(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        target: Tensor | None,
+        transforms: tuple[Transform, Transform],
+        alpha: float | None,
+        keep: Tensor | None,
+        tokens: Tensor,
+    ) -> Tensor: ...
+    def divergence_grad_(
+        self,
+        student: Tensor,
+        teacher: Tensor,
+        state: Tensor,
+        target: Tensor | None,
+        upstream: dict[str, Tensor],
+        transforms: tuple[Transform, Transform],
+        alpha: float | None,
+        keep: Tensor | None,
+        gradient_dtype: torch.dtype,
+    ) -> Tensor: ...
+
+
+def rows_of(impl: str) -> Rows:
+    """The row kernels of an implementation; only then is what they need imported."""
+    if impl == "triton":
+        from . import rows_triton
+
+        return rows_triton
+    from . import rows_torch
+
+    return rows_torch
 
 
 class Side(NamedTuple):
@@ -79,7 +136,7 @@ class Plan:
 
 
 def make_plan(
-    student: Side, teacher: Side, mask: Tensor | None, pack: bool, memory_budget: int | None, gemm: Products
+    student: Side, teacher: Side, mask: Tensor | None, pack: bool, memory_budget: int | None, gemm: Products, rows: Rows
 ) -> Plan:
     """Cut the call so that tiles and scratch fit `memory_budget` bytes.
 
@@ -90,9 +147,10 @@ def make_plan(
     index = mask.nonzero()[:, 0] if mask is not None and pack else None
     count = student.input.shape[0] if index is None else index.shape[0]
     size = gemm.accumulate.itemsize
-    per_token = vocabulary * (2 * size + gemm.bytes_per_logit(device))
+    copied = 0 if rows.ROUNDS else gemm.bytes_per_logit(device)
+    per_token = rows.row_stride(vocabulary) * (2 * size + copied)
     per_token += 3 * size * (student.input.shape[1] + teacher.input.shape[1])  # a chunk's hidden states and dX
-    fixed = gemm.scratch_bytes(device, student.weight) + rows_torch.scratch_bytes(count, vocabulary, size)
+    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(count, vocabulary, size)
     if memory_budget is None:
         memory_budget = max(DEFAULT_MEMORY_BUDGET.get(device.type, DEFAULT_MEMORY_BUDGET["cuda"]), fixed + per_token)
     if memory_budget < fixed + per_token:
@@ -115,6 +173,7 @@ def linear_divergence(
     token_loss: Affine | TokenLoss | None,
     need: Need,
     gemm: Products,
+    rows: Rows,
     memory_budget: int | None = None,
     pack: bool = True,
     precision: str | None = None,
@@ -126,8 +185,8 @@ def linear_divergence(
     """
     device = student.input.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_matmul(precision):
-        plan = make_plan(student, teacher, mask, pack, memory_budget, gemm)
-        call = _Call(student, teacher, target, mask, alpha, token_loss, need, gemm, plan, check_elementwise)
+        plan = make_plan(student, teacher, mask, pack, memory_budget, gemm, rows)
+        call = _Call(student, teacher, target, mask, alpha, token_loss, need, gemm, rows, plan, check_elementwise)
         for part in plan.chunks():
             call.run(part)
         return call.result()
@@ -145,6 +204,7 @@ class _Call:
     token_loss: Affine | TokenLoss | None
     need: Need
     gemm: Products
+    rows: Rows
     plan: Plan
     check_elementwise: bool
 
@@ -162,7 +222,8 @@ class _Call:
         x, w = self.student.input, self.student.weight
         self.tokens = x.new_zeros(len(FIELDS), x.shape[0], dtype=self.gemm.accumulate)
         self.loss = self.tokens.new_zeros(x.shape[0])
-        self.tiles = self.tokens.new_empty(2 * self.plan.chunk * w.shape[0])
+        self.tiles = self.tokens.new_empty(2 * self.plan.chunk * self.rows.row_stride(w.shape[0]))
+        self.gradient_dtype = self.gemm.gradient_dtype(x.device) if any(self.need) else None
         self.grad_input = x.new_zeros(x.shape) if self.need.input else None
         self.grad_weight = self.tokens.new_zeros(w.shape) if self.need.weight else None
         self.grad_bias = self.tokens.new_zeros(w.shape[0]) if self.need.bias else None
@@ -189,19 +250,19 @@ class _Call:
         loss = self.loss.new_zeros(student.shape[0])
         if self.token_loss is None or isinstance(self.token_loss, Affine):
             affine = self.token_loss or Affine({})
-            self._run_affine(affine, student, teacher, target, take, keep, tokens, loss)
+            grad = self._run_affine(affine, student, teacher, target, take, keep, tokens, loss)
         else:
-            self._run_callable(self.token_loss, student, teacher, target, positions, keep, tokens, loss)
-        if keep is not None:
-            tokens, loss = tokens.masked_fill(~keep, 0), loss.masked_fill(~keep, 0)
+            grad = self._run_callable(self.token_loss, student, teacher, target, positions, keep, tokens, loss)
         if self.jsd_is is not None:
             tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]
         self.tokens[:, take], self.loss[take] = tokens, loss
-        self._accumulate(student, h_s, take, keep)
+        if grad is not None:
+            self._accumulate(grad, h_s, take)
 
     def _project(self, h_s: Tensor, h_t: Tensor) -> tuple[Tensor, Tensor]:
         n, vocabulary = h_s.shape[0], self.student.weight.shape[0]
-        both = self.tiles[: 2 * n * vocabulary].view(2 * n, vocabulary)
+        stride = self.rows.row_stride(vocabulary)
+        both = self.tiles[: 2 * n * stride].view(2 * n, stride)[:, :vocabulary]
         student, teacher = both[:n], both[n:]
         if self.stacked:  # one product reads the weight once
             self.gemm.project(torch.cat([h_s, h_t]), self.student.weight, self.student.bias, both)
@@ -224,14 +285,12 @@ class _Call:
         keep: Tensor | None,
         tokens: Tensor,
         loss: Tensor,
-    ) -> None:
+    ) -> Tensor | None:
         weights = {name: w[take] for name, w in affine.weights.items()}
-        if keep is not None:
-            weights = {name: w.masked_fill(~keep, 0) for name, w in weights.items()}
         old = None if affine.old_logprob is None else affine.old_logprob[take]
-        rows_torch.affine_(
+        return self.rows.affine_(
             student, teacher, target, weights, old, affine.importance_clip,
-            self._transforms, self.mixture, tokens, loss, any(self.need),
+            self._transforms, self.mixture, keep, tokens, loss, self.gradient_dtype,
         )  # fmt: skip
 
     def _run_callable(
@@ -244,25 +303,21 @@ class _Call:
         keep: Tensor | None,
         tokens: Tensor,
         loss: Tensor,
-    ) -> None:
-        state = rows_torch.divergence_stats(student, teacher, target, self._transforms, self.mixture, tokens)
+    ) -> Tensor | None:
+        options = self._transforms, self.mixture, keep
+        state = self.rows.divergence_stats(student, teacher, target, *options, tokens)
         if self.jsd_is is not None:
             tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]
         value, upstream = evaluate(token_loss, tokens, self.fields, positions, any(self.need), self.check_elementwise)
-        loss.copy_(value)
-        if any(self.need):
-            if keep is not None:
-                upstream = {name: g.masked_fill(~keep, 0) for name, g in upstream.items()}
-            upstream = self._resolve(Affine(upstream)).weights
-            rows_torch.divergence_grad_(student, teacher, state, target, upstream, self._transforms, self.mixture)
+        loss.copy_(value if keep is None else value.masked_fill(~keep, 0))
+        if self.gradient_dtype is None:
+            return None
+        upstream = self._resolve(Affine(upstream)).weights
+        return self.rows.divergence_grad_(student, teacher, state, target, upstream, *options, self.gradient_dtype)
 
-    def _accumulate(self, grad: Tensor, h_s: Tensor, take: slice | Tensor, keep: Tensor | None) -> None:
-        if not any(self.need):
-            return
-        if keep is not None:
-            grad.masked_fill_(~keep[:, None], 0)
+    def _accumulate(self, grad: Tensor, h_s: Tensor, take: slice | Tensor) -> None:
         if self.grad_bias is not None:
-            self.grad_bias += grad.sum(0)
+            self.grad_bias += grad.sum(0, dtype=self.grad_bias.dtype)
         grad = self.gemm.round_gradient(grad)
         if self.grad_input is not None:
             out = torch.empty_like(h_s)

@@ -26,7 +26,7 @@ SCHEMA = """linear_divergence(
     bool need_input_grad, bool need_weight_grad, bool need_bias_grad,
     float? jsd_alpha, float temperature, float student_logit_scale, float teacher_logit_scale,
     float? student_softcap, float? teacher_softcap, ScalarType operand_dtype,
-    int? memory_budget, bool pack, str? precision
+    int? memory_budget, bool pack, str? precision, str impl
 ) -> (Tensor loss, Tensor tokens, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"""
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -46,6 +46,7 @@ class Options(NamedTuple):
     memory_budget: int | None
     pack: bool
     precision: str | None
+    impl: str  # resolved: "torch", "triton" or "reference"
 
     def transforms(self) -> tuple[Transform, Transform]:
         return (
@@ -89,6 +90,7 @@ def drive(
         token_loss=token_loss,
         need=need,
         gemm=Gemm(o.operand_dtype, accumulate_dtype(o.operand_dtype)),
+        rows=driver.rows_of(o.impl),
         memory_budget=o.memory_budget,
         pack=o.pack,
         precision=o.precision,

@@ -16,6 +16,7 @@ from torch import Tensor
 from .._head import ABSENT_TARGET, Transform
 from .fields import DIFFERENTIABLE, FIELDS
 
+ROUNDS = False
 BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 5  # e_s, e_t, gap, product, mixture
 STATE = ("max_s", "sum_s", "sum_t", "kl_student_teacher", "student_entropy", "kl_student_mixture")
@@ -28,13 +29,18 @@ def block_rows(vocabulary: int) -> int:
     return max(1, BLOCK_ELEMENTS // max(vocabulary, 1))
 
 
+def row_stride(vocabulary: int) -> int:
+    """Elements from one row of a tile to the next."""
+    return vocabulary
+
+
 def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
     """Bytes that a call on `count` rows needs beyond the two tiles."""
     return SCRATCH_BLOCKS * min(block_rows(vocabulary), max(count, 1)) * vocabulary * itemsize
 
 
 def affine_(
-    student: Tensor,  # (C, V) raw logits; receives dL/dlogits if need_grad
+    student: Tensor,  # (C, V) raw logits; receives dL/dlogits if `gradient_dtype`
     teacher: Tensor,  # (C, V) raw logits; overwritten
     target: Tensor | None,  # (C,) int64
     weights: dict[str, Tensor],  # field -> (C,)
@@ -42,11 +48,12 @@ def affine_(
     importance_clip: float | None,
     transforms: tuple[Transform, Transform],
     alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    keep: Tensor | None,  # (C,) bool; a row that is not kept gets zeros everywhere, whatever it holds
     tokens: Tensor,  # (8, C) receives the fields
     loss: Tensor,  # (C,) receives ratio * sum_k weights_k field_k
-    need_grad: bool,
-) -> None:
-    """Statistics, token loss and gradient of a tile in one pass over its blocks."""
+    gradient_dtype: torch.dtype | None,  # None: no gradient; else it comes out in the tile's dtype, to be rounded later
+) -> Tensor | None:
+    """Statistics, token loss and gradient of a tile in one pass over its blocks; returns dL/dlogits, (C, V)."""
     for part in _parts(student, teacher):
         rows = part.rows
         labels = None if target is None else target[rows]
@@ -60,8 +67,10 @@ def affine_(
         loss[rows] = 0.0
         for name, weight in upstream.items():
             loss[rows] += _select(weight, weight * numbers[name])[:, 0]
-        if need_grad:
+        if gradient_dtype is not None:
             _gradient_(part, numbers, labels, upstream, transforms[0], alpha)
+    _zero_dropped_(keep, tokens, loss)
+    return None if gradient_dtype is None else _without_dropped_(student, keep)
 
 
 def divergence_stats(
@@ -70,6 +79,7 @@ def divergence_stats(
     target: Tensor | None,  # (C,)
     transforms: tuple[Transform, Transform],
     alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    keep: Tensor | None,  # (C,) bool
     tokens: Tensor,  # (8, C) receives the fields
 ) -> Tensor:
     """All fields of a tile, for a token loss that is not known yet; returns what `divergence_grad_` needs of them."""
@@ -81,6 +91,7 @@ def divergence_stats(
         for i, name in enumerate(STATE):
             if name in numbers:
                 state[part.rows, i : i + 1] = numbers[name]
+    _zero_dropped_(keep, tokens)
     return state
 
 
@@ -92,8 +103,10 @@ def divergence_grad_(
     upstream: dict[str, Tensor],  # field -> dL/dfield (C,)
     transforms: tuple[Transform, Transform],
     alpha: float | None,
-) -> None:
-    """Write dL/dlogits over the student's tile."""
+    keep: Tensor | None,  # (C,) bool
+    gradient_dtype: torch.dtype,
+) -> Tensor:
+    """dL/dlogits, (C, V), written over the student's tile in its dtype."""
     for part in _parts(student, teacher):
         labels = None if target is None else target[part.rows]
         numbers = {name: state[part.rows, i : i + 1] for i, name in enumerate(STATE)}
@@ -103,6 +116,16 @@ def divergence_grad_(
         if alpha is not None and "jsd" in upstream:
             _mixture(part, numbers, alpha)
         _gradient_(part, numbers, labels, {k: g[part.rows, None] for k, g in upstream.items()}, transforms[0], alpha)
+    return _without_dropped_(student, keep)
+
+
+def _zero_dropped_(keep: Tensor | None, *outputs: Tensor) -> None:
+    for output in outputs if keep is not None else ():
+        output.masked_fill_(~keep, 0)
+
+
+def _without_dropped_(gradient: Tensor, keep: Tensor | None) -> Tensor:
+    return gradient if keep is None else gradient.masked_fill_(~keep[:, None], 0)
 
 
 @dataclass
@@ -257,6 +280,7 @@ def _gradient_(
     torch.mul(part.e_s, bracket.mul_(transform.slope / sum_s), out=out)
     if part.careful:
         out.masked_fill_(part.e_s == 0, 0.0)
+        out.add_(0 * (sum_s / sum_t).log())  # NaN for a row that is all -inf, whose terms are all dropped
     if "kl_teacher_student" in upstream:
         out.addcmul_(part.e_t, upstream["kl_teacher_student"] * (transform.slope / sum_t), value=-1)
     if g_l is not None and labels is not None:

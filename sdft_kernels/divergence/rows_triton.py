@@ -1,0 +1,597 @@
+"""Row kernels in Triton: one program per token walks its two rows of raw logits in blocks of the vocabulary.
+
+The statistics take one read, the JSD one more, the gradient the last, each in the opposite direction of the one before:
+what was read last is still in the cache, and a row that fits there is fetched once. Letters and formulas are those of
+the op's README. Rows are padded to 16 elements (`row_stride`), so that every access moves 16 bytes whatever V is.
+
+A gradient in bf16 is written over the upper half of the fp32 row that it is computed from. Element v goes to byte
+2 * stride + 2 v, never below byte 4 v of the row, so a walk from the end only overwrites what it has read; the barrier
+orders the threads within a block.
+"""
+
+from __future__ import annotations
+
+import json
+from contextlib import AbstractContextManager, nullcontext
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .._head import ABSENT_TARGET, Transform
+from .fields import DIFFERENTIABLE
+
+ROUNDS = True  # gradients come out in the dtype of the next product; the driver need not copy them
+STATE = ("max_s", "max_t", "sum_s", "sum_t", "kl_student_teacher", "student_entropy", "kl_student_mixture")
+ALIGNMENT = 16  # elements: 64 bytes, and what Triton needs to know of a stride to use 16-byte accesses
+CONFIGURATIONS = Path(__file__).with_name("rows_triton.json")
+
+_ABSENT = tl.constexpr(ABSENT_TARGET)
+_GAP_LIMIT = tl.constexpr(80.0)  # |log p_s - log p_t| beyond this is infinite to a mixture, and e^80 is finite in fp32
+
+
+@triton.jit
+def _exp(x):
+    """e^x to an ulp or two. 2^fl(x log2 e), which `tl.exp` is in fp32, is off by |x| 2^-24: 1e-6 at x = -20."""
+    if x.dtype == tl.float64:
+        result = tl.exp(x)
+    else:
+        rounded = x * 1.4426950408889634
+        lost = tl.fma(x, 1.4426950216293335, -rounded) + x * 1.925963033500e-08
+        power = tl.exp2(rounded)
+        result = power + power * (tl.where(rounded > -200.0, lost, 0.0) * 0.6931471805599453)
+    return result
+
+
+@triton.jit
+def _log1p(w):
+    """log(1 + w); below 1/2 by 2 atanh(w / (2 + w)), where 1 + w would round away what is small in w."""
+    s = w / (2.0 + w)
+    t = s * s
+    if w.dtype == tl.float64:  # 2^-53 is small enough: the budgets of fp64 are 1e-10
+        result = tl.log(1.0 + w)
+    else:
+        series = 1.0 + t * (0.33333333 + t * (0.2 + t * (0.14285714 + t * (0.11111111 + t * 0.090909091))))
+        result = tl.where(tl.abs(w) < 0.5, 2.0 * s * series, tl.log(1.0 + w))
+    return result
+
+
+@triton.jit
+def _tanh(x):
+    """tanh to an ulp: 1 - 2 e / (1 + e) with e = e^-2|x|, and below 0.625, where that cancels, Cephes' polynomial."""
+    e = _exp(-2.0 * tl.abs(x))
+    t = 1.0 - 2.0 * e / (1.0 + e)
+    large = tl.where(x < 0.0, -t, t)
+    if x.dtype == tl.float64:
+        result = large
+    else:
+        q = x * x
+        p = -5.70498872745e-3 * q + 2.06390887954e-2
+        p = ((p * q - 5.37397155531e-2) * q + 1.33314422036e-1) * q - 3.33332819422e-1
+        result = tl.where(tl.abs(x) < 0.625, p * q * x + x, large)
+    return result
+
+
+@triton.jit
+def _not_negative(x):
+    """max(x, 0) that keeps a NaN."""
+    return tl.where(x < 0.0, 0.0, x)
+
+
+@triton.jit
+def _select(weight, value):
+    """weight * value, and exactly 0 where the weight is 0, whatever the value."""
+    return tl.where(weight == 0.0, 0.0, weight * value)
+
+
+@triton.jit
+def _first_column(step, vocabulary, BLOCK: tl.constexpr, REVERSED: tl.constexpr):
+    if REVERSED:
+        start = (tl.cdiv(vocabulary, BLOCK) - 1 - step) * BLOCK
+    else:
+        start = step * BLOCK
+    return start
+
+
+@triton.jit
+def _load(row, column, vocabulary, stride, inner, outer, CAPPED: tl.constexpr):
+    """z at these columns of a row of raw logits; -inf beyond the vocabulary. The stride, a multiple of 16, is the bound
+    that the load sees: a bound of unknown divisibility would make it scalar."""
+    raw = tl.load(row + column, mask=column < stride, other=0.0)
+    raw = tl.where(column < vocabulary, raw, float("-inf"))
+    return _transform(raw, inner, outer, CAPPED)
+
+
+@triton.jit
+def _transform(raw, inner, outer, CAPPED: tl.constexpr):
+    """z = outer tanh(inner a), or outer a; a logit of -inf stays -inf."""
+    if CAPPED:
+        z = tl.where(raw == float("-inf"), raw, outer * _tanh(raw * inner))
+    else:
+        z = raw * outer
+    return z
+
+
+@triton.jit
+def _max_pair(a, b, c, d):
+    return tl.maximum(a, c), tl.maximum(b, d)
+
+
+@triton.jit
+def _add_pair(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_seven(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
+
+
+@triton.jit
+def _merge(z_s, z_t, max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint):
+    """The statistics with one block more: rescaled to the new maxima, then the block's own sums added.
+
+    A side that was all -inf so far (sum 0) has a pivot of 0 and nothing to rescale. What has an e of 0 is dropped, not
+    multiplied: it may stand beside an infinite gap. Two reductions of tuples: nine of single values would cost nine
+    barriers a block.
+    """
+    block_s, block_t = tl.reduce((z_s, z_t), 0, _max_pair)
+    new_s, new_t = tl.maximum(max_s, block_s), tl.maximum(max_t, block_t)
+    pivot_s = tl.where(new_s == float("-inf"), 0.0, new_s)
+    pivot_t = tl.where(new_t == float("-inf"), 0.0, new_t)
+    d_s = tl.where(sum_s == 0.0, 0.0, max_s - pivot_s)
+    d_t = tl.where(sum_t == 0.0, 0.0, max_t - pivot_t)
+    r_s, r_t = _exp(d_s), _exp(d_t)
+    gap_s, first_s = _select(r_s, gap_s + _select(sum_s, d_s - d_t)), _select(r_s, first_s + sum_s * d_s)
+    gap_t, first_t = _select(r_t, gap_t + _select(sum_t, d_s - d_t)), _select(r_t, first_t + sum_t * d_t)
+    y_s, y_t = z_s - pivot_s, z_t - pivot_t
+    e_s, e_t = _exp(y_s), _exp(y_t)
+    gap = y_s - y_t
+    both = tl.where((z_s == new_s) & (z_t == new_t), 1.0, 0.0).to(e_s.dtype)
+    add_s, add_t, add_first_s, add_first_t, add_gap_s, add_gap_t, here = tl.reduce(
+        (e_s, e_t, _select(e_s, y_s), _select(e_t, y_t), _select(e_s, gap), _select(e_t, gap), both), 0, _add_seven
+    )
+    joint = here + tl.where((new_s == max_s) & (new_t == max_t), joint, 0.0)
+    return (
+        new_s, new_t, r_s * sum_s + add_s, r_t * sum_t + add_t, first_s + add_first_s, first_t + add_first_t,
+        gap_s + add_gap_s, gap_t + add_gap_t, joint,
+    )  # fmt: skip
+
+
+@triton.jit
+def _statistics(
+    student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr, REVERSED: tl.constexpr,
+):  # fmt: skip
+    """m_s, m_t (0 where all is -inf), S_s, S_t, A_s, A_t, B_s, B_t, and whether the maxima share a token."""
+    zero = tl.full((), 0.0, student.dtype.element_ty)
+    max_s, max_t, joint = zero - float("inf"), zero - float("inf"), zero
+    sum_s, sum_t, first_s, first_t, gap_s, gap_t = zero, zero, zero, zero, zero, zero
+    for step in range(tl.cdiv(vocabulary, BLOCK)):
+        column = _first_column(step, vocabulary, BLOCK, REVERSED) + tl.arange(0, BLOCK)
+        z_s = _load(student, column, vocabulary, stride, inner_s, outer_s, CAPPED_S)
+        z_t = _load(teacher, column, vocabulary, stride, inner_t, outer_t, CAPPED_T)
+        max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint = _merge(
+            z_s, z_t, max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint
+        )
+    joint = tl.where(joint > 0.0, 1.0, 0.0) + 0.0 * (max_s + max_t + sum_s + sum_t)  # NaN in a row: NaN here
+    max_s = tl.where(max_s == float("-inf"), 0.0, max_s)
+    max_t = tl.where(max_t == float("-inf"), 0.0, max_t)
+    return max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint
+
+
+@triton.jit
+def _log_ratio(sum_s, sum_t):
+    """log(S_s / S_t), exact where the two are close: their difference is, their ratio is not."""
+    return _log1p((sum_s - sum_t) / sum_t)
+
+
+@triton.jit
+def _over_mixture(gap, log_ratio, alpha):
+    """q = log p_s - log p_t, and log p_s - log m = -log(1 + alpha (e^-q - 1)), exact near q = 0."""
+    q = gap - log_ratio
+    q = tl.where(q > _GAP_LIMIT, _GAP_LIMIT, tl.where(q < -_GAP_LIMIT, -_GAP_LIMIT, q))
+    if q.dtype == tl.float64:
+        w = alpha * (tl.exp(-q) - 1.0)
+    else:
+        x = -q
+        small = 1.0 + x * (0.25 + x * (0.05 + x * (0.0083333333 + x * (0.0011904762 + x * 0.00014880952))))
+        small = x * (1.0 + x * (0.5 + x * 0.16666667 * small))
+        w = alpha * tl.where(tl.abs(x) < 0.5, small, _exp(x) - 1.0)
+    return q, -_log1p(w)
+
+
+@triton.jit
+def _mixture_sums(
+    student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, max_s, max_t, sum_s, sum_t, alpha,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """KL(p_s || m) and KL(p_t || m)."""
+    log_ratio = _log_ratio(sum_s, sum_t)
+    total_s = tl.full((), 0.0, student.dtype.element_ty)
+    total_t = total_s
+    for step in range(tl.cdiv(vocabulary, BLOCK)):
+        column = _first_column(step, vocabulary, BLOCK, False) + tl.arange(0, BLOCK)
+        y_s = _load(student, column, vocabulary, stride, inner_s, outer_s, CAPPED_S) - max_s
+        y_t = _load(teacher, column, vocabulary, stride, inner_t, outer_t, CAPPED_T) - max_t
+        q, over = _over_mixture(y_s - y_t, log_ratio, alpha)
+        add_s, add_t = tl.reduce((_select(_exp(y_s), over), _select(_exp(y_t), over - q)), 0, _add_pair)
+        total_s += add_s
+        total_t += add_t
+    return total_s / sum_s, total_t / sum_t
+
+
+@triton.jit
+def _logprob(row, label, vocabulary, inner, outer, maximum, total, CAPPED: tl.constexpr):
+    """log p[label]; 0 where absent, NaN where out of range."""
+    inside = (label >= 0) & (label < vocabulary)
+    z = _transform(tl.load(row + tl.where(inside, label, 0)), inner, outer, CAPPED)
+    value = tl.where(inside, z - maximum - _log1p(total - 1.0), float("nan"))
+    return tl.where(label == _ABSENT, 0.0, value)
+
+
+@triton.jit
+def _numbers(
+    student, teacher, target, tokens, row, count, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, alpha,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All fields of a row, written to `tokens`; returns what the token loss and the gradient need of them."""
+    max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint = _statistics(
+        student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t,
+        CAPPED_S, CAPPED_T, BLOCK, alpha is not None,
+    )  # fmt: skip
+    log_ratio = _log_ratio(sum_s, sum_t)
+    kl_f = _not_negative(log_ratio - gap_t / sum_t)
+    kl_r = _not_negative(gap_s / sum_s - log_ratio)
+    entropy = _not_negative(_log1p(sum_s - 1.0) - first_s / sum_s)
+    tl.store(tokens + row, kl_f)
+    tl.store(tokens + count + row, kl_r)
+    tl.store(tokens + 4 * count + row, entropy)
+    tl.store(tokens + 6 * count + row, _not_negative(_log1p(sum_t - 1.0) - first_t / sum_t))
+    tl.store(tokens + 7 * count + row, joint)
+    jsd, kl_m, logprob = log_ratio * 0.0, log_ratio * 0.0, log_ratio * 0.0
+    if alpha is not None:
+        kl_m, kl_t = _mixture_sums(
+            student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, max_s, max_t, sum_s, sum_t, alpha,
+            CAPPED_S, CAPPED_T, BLOCK,
+        )  # fmt: skip
+        jsd = _not_negative(alpha * kl_t + (1.0 - alpha) * kl_m)
+        tl.store(tokens + 2 * count + row, jsd)
+    if target is not None:
+        label = tl.load(target + row)
+        logprob = _logprob(student, label, vocabulary, inner_s, outer_s, max_s, sum_s, CAPPED_S)
+        tl.store(tokens + 3 * count + row, logprob)
+        teacher_logprob = _logprob(teacher, label, vocabulary, inner_t, outer_t, max_t, sum_t, CAPPED_T)
+        tl.store(tokens + 5 * count + row, teacher_logprob)
+    return max_s, max_t, sum_s, sum_t, kl_f, kl_r, jsd, logprob, entropy, kl_m
+
+
+@triton.jit
+def _write_gradient(
+    student, teacher, gradient, target, row, vocabulary, stride, inner_s, outer_s, slope_s, inner_t, outer_t, alpha,
+    max_s, max_t, sum_s, sum_t, kl_r, entropy, kl_m, g_f, g_r, g_j, g_l, g_h,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """dL/dlogits of a row (README, "The gradient"); an upstream gradient of None is not computed."""
+    log_ratio = _log_ratio(sum_s, sum_t)
+    poison = 0.0 * log_ratio  # NaN for a row that is all -inf, whose terms are all dropped
+    constant = tl.full((), 0.0, student.dtype.element_ty)
+    if g_f is not None:
+        constant += g_f
+    if g_r is not None:
+        constant -= _select(g_r, kl_r) + g_r * log_ratio
+    if g_h is not None:
+        constant -= g_h * (entropy - _log1p(sum_s - 1.0))
+    if g_j is not None:
+        constant -= g_j * (1.0 - alpha) * kl_m
+    if g_l is not None:
+        label = tl.load(target + row)
+        g_l = tl.where(label == _ABSENT, 0.0, g_l)
+        constant -= g_l
+    for step in range(tl.cdiv(vocabulary, BLOCK)):
+        column = _first_column(step, vocabulary, BLOCK, True) + tl.arange(0, BLOCK)
+        z_s = _load(student, column, vocabulary, stride, inner_s, outer_s, CAPPED_S)
+        y_s = z_s - max_s
+        y_t = _load(teacher, column, vocabulary, stride, inner_t, outer_t, CAPPED_T) - max_t
+        bracket = constant
+        if g_r is not None:
+            bracket += _select(g_r, y_s - y_t)
+        if g_h is not None:
+            bracket -= g_h * y_s
+        if g_j is not None:
+            bracket += g_j * (1.0 - alpha) * _over_mixture(y_s - y_t, log_ratio, alpha)[1]
+        out = _select(_exp(y_s), bracket * (slope_s / sum_s)) + poison
+        if g_f is not None:
+            out -= _exp(y_t) * (g_f * (slope_s / sum_t))
+        if g_l is not None:
+            out += tl.where(column == label, g_l * slope_s, 0.0)
+        if CAPPED_S:  # dc/du = 1 - (c / cap)^2, and 0 at a logit of -inf
+            bend = z_s / outer_s
+            out *= _not_negative(1.0 - bend * bend)
+        tl.debug_barrier()  # every thread has its logits before any writes over them
+        tl.store(gradient + column, out.to(gradient.dtype.element_ty), mask=column < stride)
+
+
+@triton.jit
+def _write_zeros(row, stride, BLOCK: tl.constexpr):
+    zero = tl.zeros((BLOCK,), row.dtype.element_ty)
+    for start in range(0, stride, BLOCK):
+        column = start + tl.arange(0, BLOCK)
+        tl.store(row + column, zero, mask=column < stride)
+
+
+@triton.jit
+def _weight(weight, row, ratio):
+    """The weight of a token times the importance ratio; None where there is none."""
+    if weight is None:
+        result = None
+    else:
+        result = tl.load(weight + row) * ratio
+    return result
+
+
+_VARYING = ["count", "vocabulary"]
+_ANY_ALIGNMENT = ["target", "keep", "w_f", "w_r", "w_j", "w_l", "w_h", "old_logprob", "state"]
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def affine_kernel(
+    student, teacher, gradient, target, keep, w_f, w_r, w_j, w_l, w_h, old_logprob, tokens, loss,
+    count, vocabulary, stride, gradient_stride, inner_s, outer_s, slope_s, inner_t, outer_t, alpha, clip,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Statistics, token loss and gradient of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    student += row * stride
+    teacher += row * stride
+    if gradient is not None:
+        gradient += row * gradient_stride
+    kept = True
+    if keep is not None:
+        kept = tl.load(keep + row) != 0
+    if kept:
+        max_s, max_t, sum_s, sum_t, kl_f, kl_r, jsd, logprob, entropy, kl_m = _numbers(
+            student, teacher, target, tokens, row, count, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, alpha,
+            CAPPED_S, CAPPED_T, BLOCK,
+        )  # fmt: skip
+        ratio = sum_s * 0.0 + 1.0
+        if clip is not None:
+            exponent = logprob - tl.load(old_logprob + row)
+            exponent = tl.where(exponent > 20.0, 20.0, tl.where(exponent < -20.0, -20.0, exponent))
+            ratio = _exp(exponent)
+            ratio = tl.where(ratio > clip, clip, ratio)
+        g_f, g_r, g_j = _weight(w_f, row, ratio), _weight(w_r, row, ratio), _weight(w_j, row, ratio)
+        g_l, g_h = _weight(w_l, row, ratio), _weight(w_h, row, ratio)
+        total = tl.full((), 0.0, student.dtype.element_ty)
+        if g_f is not None:
+            total += _select(g_f, kl_f)
+        if g_r is not None:
+            total += _select(g_r, kl_r)
+        if g_j is not None:
+            total += _select(g_j, jsd)
+        if g_l is not None:
+            total += _select(g_l, logprob)
+        if g_h is not None:
+            total += _select(g_h, entropy)
+        tl.store(loss + row, total)
+        if gradient is not None:
+            _write_gradient(
+                student, teacher, gradient, target, row, vocabulary, stride,
+                inner_s, outer_s, slope_s, inner_t, outer_t, alpha,
+                max_s, max_t, sum_s, sum_t, kl_r, entropy, kl_m, g_f, g_r, g_j, g_l, g_h, CAPPED_S, CAPPED_T, BLOCK,
+            )  # fmt: skip
+    elif gradient is not None:
+        _write_zeros(gradient, stride, BLOCK)
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def stats_kernel(
+    student, teacher, target, keep, tokens, state, count, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, alpha,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """All fields of one row, and the state that its gradient needs."""
+    row = tl.program_id(0).to(tl.int64)
+    kept = True
+    if keep is not None:
+        kept = tl.load(keep + row) != 0
+    if kept:
+        max_s, max_t, sum_s, sum_t, _, kl_r, _, _, entropy, kl_m = _numbers(
+            student + row * stride, teacher + row * stride, target, tokens, row, count, vocabulary, stride,
+            inner_s, outer_s, inner_t, outer_t, alpha, CAPPED_S, CAPPED_T, BLOCK,
+        )  # fmt: skip
+        tl.store(state + row, max_s)
+        tl.store(state + count + row, max_t)
+        tl.store(state + 2 * count + row, sum_s)
+        tl.store(state + 3 * count + row, sum_t)
+        tl.store(state + 4 * count + row, kl_r)
+        tl.store(state + 5 * count + row, entropy)
+        tl.store(state + 6 * count + row, kl_m)
+
+
+@triton.jit(do_not_specialize=_VARYING, do_not_specialize_on_alignment=_ANY_ALIGNMENT)
+def grad_kernel(
+    student, teacher, gradient, target, keep, w_f, w_r, w_j, w_l, w_h, state,
+    count, vocabulary, stride, gradient_stride, inner_s, outer_s, slope_s, inner_t, outer_t, alpha,
+    CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The gradient of one row from its state."""
+    row = tl.program_id(0).to(tl.int64)
+    gradient += row * gradient_stride
+    kept = True
+    if keep is not None:
+        kept = tl.load(keep + row) != 0
+    if kept:
+        max_s, max_t = tl.load(state + row), tl.load(state + count + row)
+        sum_s, sum_t = tl.load(state + 2 * count + row), tl.load(state + 3 * count + row)
+        kl_r, entropy = tl.load(state + 4 * count + row), tl.load(state + 5 * count + row)
+        kl_m = tl.load(state + 6 * count + row)
+        g_f, g_r, g_j = _weight(w_f, row, 1.0), _weight(w_r, row, 1.0), _weight(w_j, row, 1.0)
+        g_l, g_h = _weight(w_l, row, 1.0), _weight(w_h, row, 1.0)
+        _write_gradient(
+            student + row * stride, teacher + row * stride, gradient, target, row, vocabulary, stride,
+            inner_s, outer_s, slope_s, inner_t, outer_t, alpha,
+            max_s, max_t, sum_s, sum_t, kl_r, entropy, kl_m, g_f, g_r, g_j, g_l, g_h, CAPPED_S, CAPPED_T, BLOCK,
+        )  # fmt: skip
+    else:
+        _write_zeros(gradient, stride, BLOCK)
+
+
+class Configuration(NamedTuple):
+    """Launch parameters for rows of up to `max_vocabulary` logits (None: any)."""
+
+    max_vocabulary: int | None
+    block: int
+    num_warps: int
+    max_registers: int  # a thread
+
+
+@lru_cache(maxsize=1)
+def configurations() -> dict[int, tuple[Configuration, ...]]:
+    """The shipped tables by compute capability, shortest rows first; `rows_triton.json` gives each line's reason."""
+    tables = json.loads(CONFIGURATIONS.read_text(encoding="utf-8"))["tables"]
+    return {
+        int(capability): tuple(Configuration(*(line[name] for name in Configuration._fields)) for line in lines)
+        for capability, lines in tables.items()
+    }
+
+
+def choose(vocabulary: int, capability: int) -> Configuration:
+    """The launch parameters for rows of `vocabulary` logits on a device of this capability (90 for sm_90)."""
+    table = max(known for known in configurations() if known <= capability)
+    lines = configurations()[table]
+    return next(c for c in lines if c.max_vocabulary is None or vocabulary <= c.max_vocabulary)
+
+
+@lru_cache
+def _capability(device: torch.device) -> int:
+    if device.type != "cuda" or torch.version.hip is not None:
+        return min(configurations())
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def row_stride(vocabulary: int) -> int:
+    """Elements from one row of a tile to the next."""
+    return -(-vocabulary // ALIGNMENT) * ALIGNMENT
+
+
+def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
+    """Bytes that a call on `count` rows needs beyond the two tiles: none."""
+    return 0
+
+
+def affine_(
+    student: Tensor,  # (C, V) raw logits, rows `row_stride` apart; overwritten if `gradient_dtype`
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,) int64
+    weights: dict[str, Tensor],  # field -> (C,)
+    old_logprob: Tensor | None,  # (C,)
+    importance_clip: float | None,
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    keep: Tensor | None,  # (C,) bool; a row that is not kept gets zeros everywhere, whatever it holds
+    tokens: Tensor,  # (8, C) of zeros; receives the fields
+    loss: Tensor,  # (C,) of zeros; receives ratio * sum_k weights_k field_k
+    gradient_dtype: torch.dtype | None,  # None: no gradient
+) -> Tensor | None:
+    """Statistics, token loss and gradient of a tile; returns dL/dlogits, (C, V), which lies in the student's tile."""
+    gradient = None if gradient_dtype is None else _gradient_view(student, gradient_dtype)
+    _launch(
+        affine_kernel, student, teacher, transforms, gradient, target, keep, *_weights(weights), old_logprob,
+        tokens, loss, alpha=alpha, clip=importance_clip,
+    )  # fmt: skip
+    return gradient
+
+
+def divergence_stats(
+    student: Tensor,  # (C, V) raw logits, rows `row_stride` apart
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,)
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    keep: Tensor | None,  # (C,) bool
+    tokens: Tensor,  # (8, C) of zeros; receives the fields
+) -> Tensor:
+    """All fields of a tile, for a token loss that is not known yet; returns what `divergence_grad_` needs of them."""
+    state = tokens.new_zeros(len(STATE), tokens.shape[1])
+    _launch(stats_kernel, student, teacher, transforms, target, keep, tokens, state, alpha=alpha)
+    return state
+
+
+def divergence_grad_(
+    student: Tensor,  # (C, V) as `divergence_stats` left it; overwritten
+    teacher: Tensor,  # (C, V) likewise
+    state: Tensor,  # what `divergence_stats` returned
+    target: Tensor | None,  # (C,)
+    upstream: dict[str, Tensor],  # field -> dL/dfield (C,)
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,
+    keep: Tensor | None,  # (C,) bool
+    gradient_dtype: torch.dtype,
+) -> Tensor:
+    """dL/dlogits, (C, V), which lies in the student's tile."""
+    gradient = _gradient_view(student, gradient_dtype)
+    weights = _weights(upstream)
+    _launch(grad_kernel, student, teacher, transforms, gradient, target, keep, *weights, state, alpha=alpha)
+    return gradient
+
+
+def _weights(weights: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
+    """In the order of the kernels' arguments, None where a field has no weight."""
+    return tuple(weights[name].contiguous() if name in weights else None for name in DIFFERENTIABLE)
+
+
+def _gradient_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The part of the student's tile that receives the gradient: all of a row, or its upper half in a 2-byte dtype."""
+    if dtype == tile.dtype:
+        return tile
+    if 2 * dtype.itemsize != tile.dtype.itemsize:
+        raise ValueError(f"a gradient in {dtype} does not fit over logits in {tile.dtype}")
+    (count, vocabulary), stride = tile.shape, tile.stride(0)
+    return tile.as_strided((count, stride), (stride, 1)).view(dtype)[:, stride : stride + vocabulary]
+
+
+def _launch(
+    kernel: Any,
+    student: Tensor,
+    teacher: Tensor,
+    transforms: tuple[Transform, Transform],
+    *pointers: Tensor | None,
+    alpha: float | None,
+    **options: float | None,
+) -> None:
+    """One program per row. `pointers`: the kernel's arguments between the teacher and the sizes."""
+    (count, vocabulary), stride = student.shape, student.stride(0)
+    if stride % ALIGNMENT or stride < vocabulary or teacher.stride() != student.stride() or student.stride(1) != 1:
+        raise ValueError(f"tiles need rows {row_stride(vocabulary)} apart, got strides {student.stride()}")
+    if count == 0:
+        return
+    arguments: dict[str, Any] = dict(zip(kernel.arg_names[2:], pointers, strict=False))
+    if arguments.get("keep") is not None:
+        arguments["keep"] = arguments["keep"].view(torch.uint8)
+    for side, transform in zip("st", transforms, strict=True):
+        capped = transform.softcap is not None
+        arguments[f"inner_{side}"] = transform.scale / transform.softcap if capped else 1.0
+        arguments[f"outer_{side}"] = transform.softcap / transform.temperature if capped else transform.slope
+        arguments[f"CAPPED_{side.upper()}"] = capped
+    if "gradient" in arguments:
+        gradient = arguments["gradient"]
+        arguments["slope_s"] = transforms[0].slope
+        arguments["gradient_stride"] = stride if gradient is None else gradient.stride(0)
+    configuration = choose(vocabulary, _capability(student.device))
+    if torch.version.hip is None:
+        options["maxnreg"] = configuration.max_registers
+    with _on_device(student):
+        kernel[(count,)](
+            student, teacher, count=count, vocabulary=vocabulary, stride=stride, alpha=alpha, **arguments, **options,
+            BLOCK=configuration.block, num_warps=configuration.num_warps,
+        )  # fmt: skip
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
