@@ -13,7 +13,10 @@ pytest.importorskip("trl")
 
 import trl_tiny as tiny  # noqa: E402
 from trl.experimental.sdft import SDFTTrainer  # noqa: E402
-from trl.experimental.sdft.loss_utils import compute_sampled_token_self_distillation_loss  # noqa: E402
+from trl.experimental.sdft.loss_utils import (  # noqa: E402
+    compute_full_logit_self_distillation_loss,
+    compute_sampled_token_self_distillation_loss,
+)
 
 from sdft_kernels.integrations.trl import FusedSDFTTrainer, fuse  # noqa: E402
 
@@ -97,10 +100,10 @@ def test_equals_stock_fp32(pairs, mode, alpha, tail, clip, temperature):
         assert_equal(pair, tiny.batch(masks), 1e-6, 1e-5)
 
 
-@pytest.mark.parametrize("family", ["qwen2", "gemma3", "cohere"])
+@pytest.mark.parametrize("family", ["qwen2", "gemma3", "cohere", "phi"])
 @pytest.mark.parametrize(("mode", "alpha", "tail"), MODES)
 def test_equals_stock_fp64(pairs, family, mode, alpha, tail):
-    """fp64, where only an exact formula passes; the families with a softcap and a logit scale."""
+    """fp64, where only an exact formula passes; heads with a softcap, a logit scale, a bias."""
     pair = pairs(family, torch.float64)
     set_options(pair, mode, alpha, tail, 2.0, 1.3)
     assert_equal(pair, tiny.batch("row", torch.float64), 1e-10, 1e-10)
@@ -213,6 +216,26 @@ def test_autocast_reaches_backbone_and_head(pairs, tmp_path):
     # bf16 logits are the stock trainer's: 8 bits against our fp32 logits. Without autocast it is the fp32 loss exactly.
     assert losses[1] == pytest.approx(losses[0], rel=0.02)
     assert losses[2] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
+def test_bf16_model_is_nearer_to_the_exact_loss(pairs, alpha):
+    """The loss of the same bf16 hidden states in fp64: fp32 logits, as here, give it to 1e-5; stock has bf16 logits."""
+    stock, fused = pair = pairs("qwen2", torch.bfloat16)
+    set_options(pair, "full_logits", alpha, False, None, 0.7)
+    inputs = tiny.batch("row")
+    deferred = fused._compute_teacher_student_logits(fused.model, fused.teacher_model, inputs)
+    with torch.no_grad():
+        tokens = fused._token_batch(fused.model, inputs, deferred)
+        logits = [
+            hidden.double() @ model.lm_head.weight.double().T / 0.7
+            for hidden, model in ((tokens.student_input, fused.model), (tokens.teacher_input, fused.teacher_model))
+        ]
+        values = compute_full_logit_self_distillation_loss(*logits, distillation_alpha=alpha)
+    exact = (values * tokens.weight).sum().item() / fused.current_gradient_accumulation_steps
+    losses = [tiny.loss_and_gradients(trainer, inputs)[0].item() for trainer in pair]
+    assert abs(losses[1] - exact) <= 1e-5 * exact
+    assert abs(losses[1] - exact) < abs(losses[0] - exact)
 
 
 class LogitTensors(TorchDispatchMode):

@@ -6,6 +6,9 @@ import copy
 import dataclasses
 import importlib.metadata
 import inspect
+import os
+import subprocess
+import sys
 import types
 
 import pytest
@@ -19,7 +22,7 @@ from trl.experimental.sdft import sdft_trainer as trl_module  # noqa: E402
 from trl.models.utils import _ForwardRedirection  # noqa: E402
 
 from sdft_kernels.integrations import trl as integration  # noqa: E402
-from sdft_kernels.integrations.trl import FusedSDFTTrainer, check_trainer, fuse  # noqa: E402
+from sdft_kernels.integrations.trl import FusedSDFTTrainer, check_trainer, fuse, fused_trainer_class  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -80,6 +83,17 @@ def test_changed_signature_is_an_error(stock, monkeypatch):
     assert type(stock) is SDFTTrainer
 
 
+def test_importing_the_module_imports_no_framework():
+    code = (
+        "import sys, sdft_kernels.integrations.trl; "
+        "print(sorted({'trl', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    assert child.stdout == "[]\n", child.stderr
+    assert integration.FusedSDFTTrainer is FusedSDFTTrainer and issubclass(FusedSDFTTrainer, SDFTTrainer)
+
+
 def test_old_or_missing_trl_is_an_error(stock, monkeypatch):
     monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.15.2")
     with pytest.raises(ImportError, match=r"needs trl>=1.16,<2, found trl 1.15.2"):
@@ -99,6 +113,9 @@ def test_old_or_missing_trl_is_an_error(stock, monkeypatch):
 def test_not_a_trainer():
     with pytest.raises(TypeError, match="trainer must be a trl SDFTTrainer, got str"):
         fuse("trainer")
+    with pytest.raises(TypeError, match="base must be trl's SDFTTrainer or a subclass of it, got dict"):
+        fused_trainer_class(dict)
+    assert fused_trainer_class(FusedSDFTTrainer) is fused_trainer_class(SDFTTrainer) is FusedSDFTTrainer
     with pytest.raises(AttributeError, match="no attribute 'Fused'"):
         integration.Fused  # noqa: B018
 

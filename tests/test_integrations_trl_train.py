@@ -19,7 +19,9 @@ from trl.experimental.sdft import SDFTTrainer  # noqa: E402
 
 from sdft_kernels.integrations.trl import FusedSDFTTrainer, fuse  # noqa: E402
 
-CLOCK = {"train_runtime", "train_samples_per_second", "train_steps_per_second", "total_flos"}
+CLOCK = {
+    f"{mode}_{name}" for mode in ("train", "eval") for name in ("runtime", "samples_per_second", "steps_per_second")
+} | {"total_flos"}
 
 
 @pytest.fixture(autouse=True)
@@ -48,7 +50,19 @@ def perturb_adapter(model) -> None:
         (dict(distillation_mode="full_logits", num_iterations=2, teacher_model_kind="base"), False),
         (dict(distillation_mode="topk_logits", distillation_topk=5, temperature=0.8, num_iterations=2), False),
         (dict(distillation_mode="sampled_token", distillation_alpha=1.0, num_loss_tokens_to_skip=1), False),
-        (dict(distillation_mode="full_logits", teacher_model_kind="ema", gradient_accumulation_steps=2), False),
+        (
+            dict(
+                distillation_mode="full_logits",
+                teacher_model_kind="ema",
+                gradient_accumulation_steps=2,
+                save_strategy="steps",
+                save_steps=2,
+                eval_strategy="steps",
+                eval_steps=2,
+                per_device_eval_batch_size=2,
+            ),
+            False,
+        ),
         (dict(distillation_mode="full_logits", teacher_model_kind="base", gradient_checkpointing=True), True),
         (dict(distillation_mode="full_logits", teacher_model_kind="ema", generate_from_teacher=True), True),
     ],
@@ -67,6 +81,8 @@ def test_train_equals_stock(tmp_path, options, with_lora):
         if with_lora:
             perturb_adapter(trainer.model)
         trainer.train()
+        saved = tmp_path / cls.__name__ / "checkpoint-2" / "model.safetensors"
+        assert saved.exists() == (options.get("save_strategy") == "steps")
         runs.append((trainer.state.log_history, dict(trainer.model.named_parameters())))
     (history, weights), (fused_history, fused_weights) = runs
     losses = [entry["loss"] for entry in history if "loss" in entry]

@@ -17,7 +17,7 @@ SIZES = dict(
 
 
 def model(family: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
-    """Qwen2 (untied head), Gemma 2 and 3 (tied, softcap) or Cohere (tied, logit scale), random weights."""
+    """Qwen2 (untied head), Phi (bias), Gemma 2 and 3 (tied, softcap) or Cohere (tied, logit scale), random weights."""
     import transformers as hf
 
     config, cls, extra = {
@@ -26,10 +26,14 @@ def model(family: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
         # softmax makes NaN of left-padded rows in an fp64 model; Gemma 3 has none of that.
         "gemma2": (hf.Gemma2Config, hf.Gemma2ForCausalLM, dict(head_dim=8, final_logit_softcapping=4.0)),
         "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, dict(head_dim=8, final_logit_softcapping=4.0)),
+        "phi": (hf.PhiConfig, hf.PhiForCausalLM, dict(tie_word_embeddings=False)),
         "cohere": (hf.CohereConfig, hf.CohereForCausalLM, dict(logit_scale=0.35)),
     }[family]  # fmt: skip
     torch.manual_seed(seed)
-    return cls(config(**(SIZES | extra | overrides)))
+    result = cls(config(**(SIZES | extra | overrides)))
+    if (bias := result.get_output_embeddings().bias) is not None:
+        bias.data = torch.randn(bias.shape)
+    return result
 
 
 def near(student: Any, amount: float = 0.1, seed: int = 7) -> Any:
@@ -54,7 +58,7 @@ def trainer(cls: type, student: Any, teacher: Any, folder: Any, peft_config: Any
     )  # fmt: skip
     result = cls(
         model=student, args=SDFTConfig(**(defaults | options)), train_dataset=Dataset.from_list(tiny.rows()),
-        processing_class=tiny.tokenizer(), peft_config=peft_config,
+        eval_dataset=Dataset.from_list(tiny.rows(2)), processing_class=tiny.tokenizer(), peft_config=peft_config,
     )  # fmt: skip
     if teacher is not None:
         result.teacher_model = teacher

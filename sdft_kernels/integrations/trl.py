@@ -333,13 +333,17 @@ def fuse(trainer: Any, *, memory_budget: int | None = None) -> Any:
 
 
 def fused_trainer_class(base: Any = None) -> Any:
-    """The fused subclass of `base`, TRL's `SDFTTrainer` (None) or a subclass of it.
+    """The fused subclass of `base`, TRL's `SDFTTrainer` (None) or a subclass of it; `base` itself if it is fused.
 
     Raises:
         ImportError, TypeError: as `fuse`.
     """
     stock = _sdft_trainer()
     base = stock if base is None else base
+    if not issubclass(base, stock):
+        raise TypeError(f"base must be trl's SDFTTrainer or a subclass of it, got {base.__name__}")
+    if issubclass(base, _FusedMixin):
+        return base
     if base in _FUSED_CLASSES:
         return _FUSED_CLASSES[base]
     for name in NEED_LOGITS:
