@@ -10,7 +10,7 @@ from sdft_kernels._gemm import Gemm
 from sdft_kernels.topk_divergence import driver, linear_topk_divergence, operators, rows_sparse, rows_torch
 
 N, V, H, K = 512, 4099, 16, 4
-SCRATCH = rows_torch.scratch_bytes(N, V, 4) + rows_sparse.SCRATCH_BYTES
+SCRATCH = rows_torch.scratch_bytes(N, V, 4) + rows_sparse.SCRATCH_BYTES["cpu"]
 BUDGET = SCRATCH + 32 * (2 * 4 * V + 12 * 2 * H + driver.SUPPORT_COPIES * 8 * 2 * K)  # 32 tokens and more a chunk
 
 
@@ -88,7 +88,7 @@ def test_gemms(count, support, cost, tail):
         assert sum(count.whole) == pytest.approx(cost[0] if tail == "renormalize" else dense), (frozen, grad)
         # At most two gathered logits and two gradients, each on the distinct ids of 64 tokens.
         width = 2 * K if support == "union" else K
-        assert sum(count.sparse) <= 4 * rows_sparse.TOKENS * width / V
+        assert sum(count.sparse) <= 4 * rows_sparse.TOKENS["cpu"] * width / V
         assert tail == "renormalize" or not count.sparse
 
 
@@ -150,7 +150,7 @@ def test_no_tensor_of_tokens_times_vocabulary(support, tail):
     with LargestTensor() as seen:
         result = operators.drive(tensors, ("divergence",), False, o)
         operators._backward(*tensors[:3], None, result.ids, result.entries, result.rest, *Need(True, True, False), *o)
-    assert seen.numel * 4 <= BUDGET - rows_sparse.SCRATCH_BYTES
+    assert seen.numel * 4 <= BUDGET - rows_sparse.SCRATCH_BYTES["cpu"]
     assert seen.numel < N * V // 2
 
 

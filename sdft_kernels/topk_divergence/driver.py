@@ -62,7 +62,7 @@ def plan(
     tokens = select_tokens(student.input.shape[0], mask, pack)
     per_token = vocabulary * (tiles * size + gradient * gemm.bytes_per_logit(device))
     per_token += 3 * size * (hidden + teacher_hidden) + 8 * SUPPORT_COPIES * width
-    fixed = gemm.scratch_bytes(device, student.weight) + rows_sparse.SCRATCH_BYTES
+    fixed = gemm.scratch_bytes(device, student.weight) + rows_sparse.scratch_bytes(device)
     fixed += rows_torch.scratch_bytes(tokens[2], vocabulary, size) if tiles else 0
     return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
@@ -248,6 +248,7 @@ def linear_topk_divergence_backward(
         grad_input = x.new_zeros(x.shape) if need.input else None
         grad_weight = x.new_zeros(weight.shape, dtype=gemm.accumulate) if need.weight else None
         grad_bias = x.new_zeros(weight.shape[0], dtype=gemm.accumulate) if need.bias else None
+        buffer = entries.new_empty(dense * chunks.size * weight.shape[0])
         for _, take, keep in chunks.parts():
             hidden, at = hidden_states(x, take, keep), ids[take]
             if not dense:
@@ -257,7 +258,7 @@ def linear_topk_divergence_backward(
                 if grad_input is not None:
                     grad_input[take] = out.to(x.dtype)
                 continue
-            tile = entries.new_empty(hidden.shape[0], weight.shape[0])
+            tile = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], -1)
             gemm.project(hidden, weight, bias, tile)
             statistics = rows_torch.statistics_(tile, at, transform)
             rows_torch.gradient_(tile, statistics, at, entries[take], rest[take], transform)

@@ -14,10 +14,15 @@ from torch import Tensor
 
 from .._chunks import Head, Products
 
-# Tokens whose ids are gathered together: at K = 100 at most 6400 rows of a head of 50 to 260 thousand, in practice far
-# fewer, since tokens share their likely successors.
-TOKENS = 64
-SCRATCH_BYTES = 16 * 2**20
+# Tokens whose ids are gathered together: at K = 100 at most 6400 rows of a head of 50 to 260 thousand, in practice
+# fewer, since tokens share their likely successors. Elsewhere than on CPU each group costs a host synchronisation.
+TOKENS = {"cpu": 64, "cuda": 256}
+SCRATCH_BYTES = {"cpu": 16 * 2**20, "cuda": 256 * 2**20}
+
+
+def scratch_bytes(device: torch.device) -> int:
+    """Bytes for the gathered rows and their tile."""
+    return SCRATCH_BYTES.get(device.type, SCRATCH_BYTES["cuda"])
 
 
 class _Part(NamedTuple):
@@ -30,11 +35,12 @@ class _Part(NamedTuple):
 
 
 def _parts(ids: Tensor, hidden: int, itemsize: int) -> Iterator[_Part]:
-    """Walk `ids` (C, K) by few tokens, and their distinct ids by what fits SCRATCH_BYTES. Padding counts as id 0."""
+    """Walk `ids` (C, K) by few tokens, and their distinct ids by what fits the scratch. Padding counts as id 0."""
     # Two copies of the rows (in the weight's dtype, and cast or as a gradient), one tile.
-    step = max(1, SCRATCH_BYTES // ((2 * hidden + TOKENS) * itemsize))
-    for start in range(0, ids.shape[0], TOKENS):
-        tokens = slice(start, min(start + TOKENS, ids.shape[0]))
+    group = TOKENS.get(ids.device.type, TOKENS["cuda"])
+    step = max(1, scratch_bytes(ids.device) // ((2 * hidden + group) * itemsize))
+    for start in range(0, ids.shape[0], group):
+        tokens = slice(start, min(start + group, ids.shape[0]))
         distinct, place = ids[tokens].clamp_min(0).unique(return_inverse=True)
         for first in range(0, distinct.shape[0], step):
             part = distinct[first : first + step]
