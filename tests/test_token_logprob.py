@@ -274,6 +274,19 @@ def test_value_errors_name_the_argument(change, message):
         linear_token_logprob(**(draw() | change))
 
 
+def test_implementations_that_cannot_run_and_a_dtensor():
+    class Sharded(torch.Tensor):
+        def full_tensor(self):
+            return self
+
+    x = draw()
+    for impl in ("native", "triton"):
+        with pytest.raises(RuntimeError, match=rf"linear_token_logprob\(impl='{impl}'\) cannot run"):
+            linear_token_logprob(**x, impl=impl)
+    with pytest.raises(ValueError, match="DTensor.*full_tensor"):
+        linear_token_logprob(**(x | {"weight": x["weight"].as_subclass(Sharded)}))
+
+
 def test_agrees_with_op_1():
     from sdft_kernels import linear_divergence
 
