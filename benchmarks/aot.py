@@ -192,9 +192,10 @@ def _accesses(cubin: bytes) -> tuple[int, int, int, int]:
 
 def source_hash() -> str:
     """Of what decides the compiled code."""
+    from sdft_kernels import _triton_math
     from sdft_kernels.divergence import rows_triton
 
-    files = [Path(rows_triton.__file__), rows_triton.CONFIGURATIONS, Path(__file__)]
+    files = [Path(_triton_math.__file__), Path(rows_triton.__file__), rows_triton.CONFIGURATIONS, Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

@@ -16,7 +16,17 @@ _WRITTEN = {
     "linear_topk_divergence": ("reference", "torch"),
 }
 _NAMES = {"native": "C++/CUDA", "triton": "Triton"}
-_TRITON_CAPABILITY = (8, 0)
+_TRITON_MAJOR = 8  # of the compute capability
+
+
+def _installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+_HAS_TRITON = _installed("triton")  # looked up once, here, since `torch.compile` cannot trace the import system
 
 
 def resolve(
@@ -55,18 +65,20 @@ def why_not(
     """Why `impl` cannot run `op` on tensors of this device and dtype; None if it can."""
     if impl not in _WRITTEN[op]:
         return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
-    return _why_not_triton(str(_device(device)), dtype) if impl == "triton" else None
+    return _why_not_triton(_device(device), dtype) if impl == "triton" else None
 
 
-@torch.compiler.assume_constant_result
-def _why_not_triton(device: str, dtype: torch.dtype) -> str | None:
-    if importlib.util.find_spec("triton") is None:
+def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Only calls that `torch.compile` folds into constants (its own decorator for that costs 2 s of import)."""
+    if not _HAS_TRITON:
         return "triton is not installed (pip install 'sdft-kernels[triton]')"
-    if not device.startswith("cuda"):
+    if device.type != "cuda":
         interpreted = os.environ.get("TRITON_INTERPRET", "0") not in ("", "0")
-        return None if interpreted else f"its kernels run on CUDA, not on {device} (except with TRITON_INTERPRET=1)"
-    if torch.version.hip is None and torch.cuda.get_device_capability(device) < _TRITON_CAPABILITY:
-        return f"its kernels need compute capability {_TRITON_CAPABILITY[0]}.{_TRITON_CAPABILITY[1]}"
+        return (
+            None if interpreted else f"its kernels run on CUDA, not on {device.type} (except with TRITON_INTERPRET=1)"
+        )
+    if torch.version.hip is None and torch.cuda.get_device_properties(device).major < _TRITON_MAJOR:
+        return f"its kernels need compute capability {_TRITON_MAJOR}.0"
     if dtype == torch.float64:
         return "Triton passes temperatures, scales and alpha in fp32, which is not enough for fp64 inputs"
     return None

@@ -5,6 +5,7 @@ log2. What only a GPU shows (races, the memory model, speed) is left to `benchma
 """
 
 import itertools
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -305,16 +306,16 @@ def test_dispatch(monkeypatch):
         _dispatch.resolve("triton")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _dispatch.resolve("triton") == "triton" and _dispatch.resolve("auto") == "torch"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
     assert _dispatch.resolve("auto", device="cuda:0") == "triton"
     assert _dispatch.resolve("auto", device="cuda:0", dtype=torch.float64) == "torch"
     with pytest.raises(RuntimeError, match="not enough for fp64"):
         _dispatch.resolve("triton", device="cuda:0", dtype=torch.float64)
     assert _dispatch.resolve("auto", "linear_token_logprob", device="cuda:0") == "torch"
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (7, 5))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=7))
     with pytest.raises(RuntimeError, match=r"compute capability 8\.0"):
         _dispatch.resolve("triton", device="cuda:0")
-    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda _: None)
+    monkeypatch.setattr(_dispatch, "_HAS_TRITON", False)
     with pytest.raises(RuntimeError, match="pip install"):
         _dispatch.resolve("triton")
 

@@ -1,8 +1,5 @@
 """Two DDP processes (gloo) take the same step as one process with the whole batch."""
 
-import os
-import socket
-import subprocess
 import sys
 
 import pytest
@@ -11,6 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 import distill_tiny as tiny  # noqa: E402
+from processes import run_ranks  # noqa: E402
 
 from sdft_kernels.distill import SDFTConfig, SDFTTrainer  # noqa: E402
 
@@ -28,23 +26,7 @@ def run(folder, batch_size, **options):
 
 
 def test_two_processes_equal_one(tmp_path):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    children = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(tmp_path / "ddp")],
-            env={
-                **os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
-                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "ACCELERATE_USE_CPU": "true",
-            },
-            stderr=subprocess.PIPE, text=True,
-        )
-        for rank in range(2)
-    ]  # fmt: skip
-    for child in children:
-        _, errors = child.communicate(timeout=120)
-        assert child.returncode == 0, errors
+    run_ranks(__file__, 2, tmp_path / "ddp", ACCELERATE_USE_CPU="true")
     losses, parameters, _ = run(tmp_path / "one", batch_size=4)
     distributed = torch.load(tmp_path / "ddp.pt")
     assert distributed["losses"] == pytest.approx(losses, rel=1e-5)

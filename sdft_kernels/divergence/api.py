@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -136,7 +137,8 @@ def linear_divergence_loss(
         token_loss: None is the mean over the unmasked tokens of KL(p_t || p_s), SDFT's default. An `AffineTokenLoss`
             (or `sdft_token_loss`) is data. A callable ``token_loss(tokens, index) -> (C,)`` gets the numbers of one
             chunk, (C,) each, and their positions in the caller's order, (C,) int64; it must be elementwise over tokens
-            (``SDFT_KERNELS_DEBUG=1`` checks) and must not use a tensor that requires grad (checked).
+            (``SDFT_KERNELS_DEBUG=1`` checks) and must not use a tensor that requires grad (checked). Under
+            `torch.compile` it breaks the graph once; an affine loss does not.
         jsd_alpha: of the JSD in `tokens` and for callables; an affine loss carries its own, which this must equal.
 
     The other arguments are those of `linear_divergence`.
@@ -166,10 +168,24 @@ def linear_divergence_loss(
     names = available_fields(target is not None, jsd_alpha is not None)
     if options.impl == "reference":
         return _reference_loss(tensors, options, resolved)
-    loss, tokens = LossFunction.apply(
-        *tensors[:3], tensors[3:], options, resolved, debug_enabled(), torch.is_grad_enabled()
-    )
+    apply = LossFunction.apply if isinstance(resolved, Affine) else _apply_outside_the_graph
+    loss, tokens = apply(*tensors[:3], tensors[3:], options, resolved, debug_enabled(), torch.is_grad_enabled())
     return loss, TokenDivergence(**{name: tokens[i] for i, name in enumerate(TokenDivergence._fields) if name in names})
+
+
+def _apply_outside_the_graph(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """One graph break, where tracing the driver's loop would break it at every chunk and unroll the rest."""
+    apply = LossFunction.apply
+    if "torch._dynamo" in sys.modules:  # else nothing is being compiled, and importing it takes 2 s
+        apply = torch.compiler.disable(apply)
+    return apply(*arguments)  # type: ignore[no-any-return]
+
+
+# What `torch.compiler.disable` sets, without the import that its use as a decorator costs everybody.
+_apply_outside_the_graph._torchdynamo_disable = True  # type: ignore[attr-defined]
+_apply_outside_the_graph._torchdynamo_disable_msg = (  # type: ignore[attr-defined]
+    "a callable token_loss runs between two row kernels of each chunk; an AffineTokenLoss does not break the graph"
+)
 
 
 def _merge_alpha(token_loss: AffineTokenLoss, jsd_alpha: float | None) -> float | None:

@@ -120,8 +120,9 @@ def divergence_grad_(
 
 
 def _zero_dropped_(keep: Tensor | None, *outputs: Tensor) -> None:
-    for output in outputs if keep is not None else ():
-        output.masked_fill_(~keep, 0)
+    if keep is not None:
+        for output in outputs:
+            output.masked_fill_(~keep, 0)
 
 
 def _without_dropped_(gradient: Tensor, keep: Tensor | None) -> Tensor:

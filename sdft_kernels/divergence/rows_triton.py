@@ -23,6 +23,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .._head import ABSENT_TARGET, Transform
+from .._triton_math import add_pair, exp, log1p, log_ratio, merge, not_negative, over_mixture, select, tanh
 from .fields import DIFFERENTIABLE
 
 ROUNDS = True  # gradients come out in the dtype of the next product; the driver need not copy them
@@ -31,61 +32,6 @@ ALIGNMENT = 16  # elements: 64 bytes, and what Triton needs to know of a stride 
 CONFIGURATIONS = Path(__file__).with_name("rows_triton.json")
 
 _ABSENT = tl.constexpr(ABSENT_TARGET)
-_GAP_LIMIT = tl.constexpr(80.0)  # |log p_s - log p_t| beyond this is infinite to a mixture, and e^80 is finite in fp32
-
-
-@triton.jit
-def _exp(x):
-    """e^x to an ulp or two. 2^fl(x log2 e), which `tl.exp` is in fp32, is off by |x| 2^-24: 1e-6 at x = -20."""
-    if x.dtype == tl.float64:
-        result = tl.exp(x)
-    else:
-        rounded = x * 1.4426950408889634
-        lost = tl.fma(x, 1.4426950216293335, -rounded) + x * 1.925963033500e-08
-        power = tl.exp2(rounded)
-        result = power + power * (tl.where(rounded > -200.0, lost, 0.0) * 0.6931471805599453)
-    return result
-
-
-@triton.jit
-def _log1p(w):
-    """log(1 + w); below 1/2 by 2 atanh(w / (2 + w)), where 1 + w would round away what is small in w."""
-    s = w / (2.0 + w)
-    t = s * s
-    if w.dtype == tl.float64:  # 2^-53 is small enough: the budgets of fp64 are 1e-10
-        result = tl.log(1.0 + w)
-    else:
-        series = 1.0 + t * (0.33333333 + t * (0.2 + t * (0.14285714 + t * (0.11111111 + t * 0.090909091))))
-        result = tl.where(tl.abs(w) < 0.5, 2.0 * s * series, tl.log(1.0 + w))
-    return result
-
-
-@triton.jit
-def _tanh(x):
-    """tanh to an ulp: 1 - 2 e / (1 + e) with e = e^-2|x|, and below 0.625, where that cancels, Cephes' polynomial."""
-    e = _exp(-2.0 * tl.abs(x))
-    t = 1.0 - 2.0 * e / (1.0 + e)
-    large = tl.where(x < 0.0, -t, t)
-    if x.dtype == tl.float64:
-        result = large
-    else:
-        q = x * x
-        p = -5.70498872745e-3 * q + 2.06390887954e-2
-        p = ((p * q - 5.37397155531e-2) * q + 1.33314422036e-1) * q - 3.33332819422e-1
-        result = tl.where(tl.abs(x) < 0.625, p * q * x + x, large)
-    return result
-
-
-@triton.jit
-def _not_negative(x):
-    """max(x, 0) that keeps a NaN."""
-    return tl.where(x < 0.0, 0.0, x)
-
-
-@triton.jit
-def _select(weight, value):
-    """weight * value, and exactly 0 where the weight is 0, whatever the value."""
-    return tl.where(weight == 0.0, 0.0, weight * value)
 
 
 @triton.jit
@@ -110,56 +56,10 @@ def _load(row, column, vocabulary, stride, inner, outer, CAPPED: tl.constexpr):
 def _transform(raw, inner, outer, CAPPED: tl.constexpr):
     """z = outer tanh(inner a), or outer a; a logit of -inf stays -inf."""
     if CAPPED:
-        z = tl.where(raw == float("-inf"), raw, outer * _tanh(raw * inner))
+        z = tl.where(raw == float("-inf"), raw, outer * tanh(raw * inner))
     else:
         z = raw * outer
     return z
-
-
-@triton.jit
-def _max_pair(a, b, c, d):
-    return tl.maximum(a, c), tl.maximum(b, d)
-
-
-@triton.jit
-def _add_pair(a, b, c, d):
-    return a + c, b + d
-
-
-@triton.jit
-def _add_seven(a0, a1, a2, a3, a4, a5, a6, b0, b1, b2, b3, b4, b5, b6):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3, a4 + b4, a5 + b5, a6 + b6
-
-
-@triton.jit
-def _merge(z_s, z_t, max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint):
-    """The statistics with one block more: rescaled to the new maxima, then the block's own sums added.
-
-    A side that was all -inf so far (sum 0) has a pivot of 0 and nothing to rescale. What has an e of 0 is dropped, not
-    multiplied: it may stand beside an infinite gap. Two reductions of tuples: nine of single values would cost nine
-    barriers a block.
-    """
-    block_s, block_t = tl.reduce((z_s, z_t), 0, _max_pair)
-    new_s, new_t = tl.maximum(max_s, block_s), tl.maximum(max_t, block_t)
-    pivot_s = tl.where(new_s == float("-inf"), 0.0, new_s)
-    pivot_t = tl.where(new_t == float("-inf"), 0.0, new_t)
-    d_s = tl.where(sum_s == 0.0, 0.0, max_s - pivot_s)
-    d_t = tl.where(sum_t == 0.0, 0.0, max_t - pivot_t)
-    r_s, r_t = _exp(d_s), _exp(d_t)
-    gap_s, first_s = _select(r_s, gap_s + _select(sum_s, d_s - d_t)), _select(r_s, first_s + sum_s * d_s)
-    gap_t, first_t = _select(r_t, gap_t + _select(sum_t, d_s - d_t)), _select(r_t, first_t + sum_t * d_t)
-    y_s, y_t = z_s - pivot_s, z_t - pivot_t
-    e_s, e_t = _exp(y_s), _exp(y_t)
-    gap = y_s - y_t
-    both = tl.where((z_s == new_s) & (z_t == new_t), 1.0, 0.0).to(e_s.dtype)
-    add_s, add_t, add_first_s, add_first_t, add_gap_s, add_gap_t, here = tl.reduce(
-        (e_s, e_t, _select(e_s, y_s), _select(e_t, y_t), _select(e_s, gap), _select(e_t, gap), both), 0, _add_seven
-    )
-    joint = here + tl.where((new_s == max_s) & (new_t == max_t), joint, 0.0)
-    return (
-        new_s, new_t, r_s * sum_s + add_s, r_t * sum_t + add_t, first_s + add_first_s, first_t + add_first_t,
-        gap_s + add_gap_s, gap_t + add_gap_t, joint,
-    )  # fmt: skip
 
 
 @triton.jit
@@ -175,7 +75,7 @@ def _statistics(
         column = _first_column(step, vocabulary, BLOCK, REVERSED) + tl.arange(0, BLOCK)
         z_s = _load(student, column, vocabulary, stride, inner_s, outer_s, CAPPED_S)
         z_t = _load(teacher, column, vocabulary, stride, inner_t, outer_t, CAPPED_T)
-        max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint = _merge(
+        max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint = merge(
             z_s, z_t, max_s, max_t, sum_s, sum_t, first_s, first_t, gap_s, gap_t, joint
         )
     joint = tl.where(joint > 0.0, 1.0, 0.0) + 0.0 * (max_s + max_t + sum_s + sum_t)  # NaN in a row: NaN here
@@ -185,41 +85,20 @@ def _statistics(
 
 
 @triton.jit
-def _log_ratio(sum_s, sum_t):
-    """log(S_s / S_t), exact where the two are close: their difference is, their ratio is not."""
-    return _log1p((sum_s - sum_t) / sum_t)
-
-
-@triton.jit
-def _over_mixture(gap, log_ratio, alpha):
-    """q = log p_s - log p_t, and log p_s - log m = -log(1 + alpha (e^-q - 1)), exact near q = 0."""
-    q = gap - log_ratio
-    q = tl.where(q > _GAP_LIMIT, _GAP_LIMIT, tl.where(q < -_GAP_LIMIT, -_GAP_LIMIT, q))
-    if q.dtype == tl.float64:
-        w = alpha * (tl.exp(-q) - 1.0)
-    else:
-        x = -q
-        small = 1.0 + x * (0.25 + x * (0.05 + x * (0.0083333333 + x * (0.0011904762 + x * 0.00014880952))))
-        small = x * (1.0 + x * (0.5 + x * 0.16666667 * small))
-        w = alpha * tl.where(tl.abs(x) < 0.5, small, _exp(x) - 1.0)
-    return q, -_log1p(w)
-
-
-@triton.jit
 def _mixture_sums(
     student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, max_s, max_t, sum_s, sum_t, alpha,
     CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """KL(p_s || m) and KL(p_t || m)."""
-    log_ratio = _log_ratio(sum_s, sum_t)
+    shift = log_ratio(sum_s, sum_t)  # log p_s - log p_t is the pivoted gap less this
     total_s = tl.full((), 0.0, student.dtype.element_ty)
     total_t = total_s
     for step in range(tl.cdiv(vocabulary, BLOCK)):
         column = _first_column(step, vocabulary, BLOCK, False) + tl.arange(0, BLOCK)
         y_s = _load(student, column, vocabulary, stride, inner_s, outer_s, CAPPED_S) - max_s
         y_t = _load(teacher, column, vocabulary, stride, inner_t, outer_t, CAPPED_T) - max_t
-        q, over = _over_mixture(y_s - y_t, log_ratio, alpha)
-        add_s, add_t = tl.reduce((_select(_exp(y_s), over), _select(_exp(y_t), over - q)), 0, _add_pair)
+        q, over = over_mixture(y_s - y_t, shift, alpha)
+        add_s, add_t = tl.reduce((select(exp(y_s), over), select(exp(y_t), over - q)), 0, add_pair)
         total_s += add_s
         total_t += add_t
     return total_s / sum_s, total_t / sum_t
@@ -230,7 +109,7 @@ def _logprob(row, label, vocabulary, inner, outer, maximum, total, CAPPED: tl.co
     """log p[label]; 0 where absent, NaN where out of range."""
     inside = (label >= 0) & (label < vocabulary)
     z = _transform(tl.load(row + tl.where(inside, label, 0)), inner, outer, CAPPED)
-    value = tl.where(inside, z - maximum - _log1p(total - 1.0), float("nan"))
+    value = tl.where(inside, z - maximum - log1p(total - 1.0), float("nan"))
     return tl.where(label == _ABSENT, 0.0, value)
 
 
@@ -244,22 +123,22 @@ def _numbers(
         student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t,
         CAPPED_S, CAPPED_T, BLOCK, alpha is not None,
     )  # fmt: skip
-    log_ratio = _log_ratio(sum_s, sum_t)
-    kl_f = _not_negative(log_ratio - gap_t / sum_t)
-    kl_r = _not_negative(gap_s / sum_s - log_ratio)
-    entropy = _not_negative(_log1p(sum_s - 1.0) - first_s / sum_s)
+    shift = log_ratio(sum_s, sum_t)
+    kl_f = not_negative(shift - gap_t / sum_t)
+    kl_r = not_negative(gap_s / sum_s - shift)
+    entropy = not_negative(log1p(sum_s - 1.0) - first_s / sum_s)
     tl.store(tokens + row, kl_f)
     tl.store(tokens + count + row, kl_r)
     tl.store(tokens + 4 * count + row, entropy)
-    tl.store(tokens + 6 * count + row, _not_negative(_log1p(sum_t - 1.0) - first_t / sum_t))
+    tl.store(tokens + 6 * count + row, not_negative(log1p(sum_t - 1.0) - first_t / sum_t))
     tl.store(tokens + 7 * count + row, joint)
-    jsd, kl_m, logprob = log_ratio * 0.0, log_ratio * 0.0, log_ratio * 0.0
+    jsd, kl_m, logprob = shift * 0.0, shift * 0.0, shift * 0.0
     if alpha is not None:
         kl_m, kl_t = _mixture_sums(
             student, teacher, vocabulary, stride, inner_s, outer_s, inner_t, outer_t, max_s, max_t, sum_s, sum_t, alpha,
             CAPPED_S, CAPPED_T, BLOCK,
         )  # fmt: skip
-        jsd = _not_negative(alpha * kl_t + (1.0 - alpha) * kl_m)
+        jsd = not_negative(alpha * kl_t + (1.0 - alpha) * kl_m)
         tl.store(tokens + 2 * count + row, jsd)
     if target is not None:
         label = tl.load(target + row)
@@ -277,15 +156,15 @@ def _write_gradient(
     CAPPED_S: tl.constexpr, CAPPED_T: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """dL/dlogits of a row (README, "The gradient"); an upstream gradient of None is not computed."""
-    log_ratio = _log_ratio(sum_s, sum_t)
-    poison = 0.0 * log_ratio  # NaN for a row that is all -inf, whose terms are all dropped
+    shift = log_ratio(sum_s, sum_t)
+    poison = 0.0 * shift  # NaN for a row that is all -inf, whose terms are all dropped
     constant = tl.full((), 0.0, student.dtype.element_ty)
     if g_f is not None:
         constant += g_f
     if g_r is not None:
-        constant -= _select(g_r, kl_r) + g_r * log_ratio
+        constant -= select(g_r, kl_r) + g_r * shift
     if g_h is not None:
-        constant -= g_h * (entropy - _log1p(sum_s - 1.0))
+        constant -= g_h * (entropy - log1p(sum_s - 1.0))
     if g_j is not None:
         constant -= g_j * (1.0 - alpha) * kl_m
     if g_l is not None:
@@ -299,19 +178,19 @@ def _write_gradient(
         y_t = _load(teacher, column, vocabulary, stride, inner_t, outer_t, CAPPED_T) - max_t
         bracket = constant
         if g_r is not None:
-            bracket += _select(g_r, y_s - y_t)
+            bracket += select(g_r, y_s - y_t)
         if g_h is not None:
             bracket -= g_h * y_s
         if g_j is not None:
-            bracket += g_j * (1.0 - alpha) * _over_mixture(y_s - y_t, log_ratio, alpha)[1]
-        out = _select(_exp(y_s), bracket * (slope_s / sum_s)) + poison
+            bracket += g_j * (1.0 - alpha) * over_mixture(y_s - y_t, shift, alpha)[1]
+        out = select(exp(y_s), bracket * (slope_s / sum_s)) + poison
         if g_f is not None:
-            out -= _exp(y_t) * (g_f * (slope_s / sum_t))
+            out -= exp(y_t) * (g_f * (slope_s / sum_t))
         if g_l is not None:
             out += tl.where(column == label, g_l * slope_s, 0.0)
         if CAPPED_S:  # dc/du = 1 - (c / cap)^2, and 0 at a logit of -inf
             bend = z_s / outer_s
-            out *= _not_negative(1.0 - bend * bend)
+            out *= not_negative(1.0 - bend * bend)
         tl.debug_barrier()  # every thread has its logits before any writes over them
         tl.store(gradient + column, out.to(gradient.dtype.element_ty), mask=column < stride)
 
@@ -362,21 +241,21 @@ def affine_kernel(
         if clip is not None:
             exponent = logprob - tl.load(old_logprob + row)
             exponent = tl.where(exponent > 20.0, 20.0, tl.where(exponent < -20.0, -20.0, exponent))
-            ratio = _exp(exponent)
+            ratio = exp(exponent)
             ratio = tl.where(ratio > clip, clip, ratio)
         g_f, g_r, g_j = _weight(w_f, row, ratio), _weight(w_r, row, ratio), _weight(w_j, row, ratio)
         g_l, g_h = _weight(w_l, row, ratio), _weight(w_h, row, ratio)
         total = tl.full((), 0.0, student.dtype.element_ty)
         if g_f is not None:
-            total += _select(g_f, kl_f)
+            total += select(g_f, kl_f)
         if g_r is not None:
-            total += _select(g_r, kl_r)
+            total += select(g_r, kl_r)
         if g_j is not None:
-            total += _select(g_j, jsd)
+            total += select(g_j, jsd)
         if g_l is not None:
-            total += _select(g_l, logprob)
+            total += select(g_l, logprob)
         if g_h is not None:
-            total += _select(g_h, entropy)
+            total += select(g_h, entropy)
         tl.store(loss + row, total)
         if gradient is not None:
             _write_gradient(
@@ -574,10 +453,10 @@ def _launch(
     if arguments.get("keep") is not None:
         arguments["keep"] = arguments["keep"].view(torch.uint8)
     for side, transform in zip("st", transforms, strict=True):
-        capped = transform.softcap is not None
-        arguments[f"inner_{side}"] = transform.scale / transform.softcap if capped else 1.0
-        arguments[f"outer_{side}"] = transform.softcap / transform.temperature if capped else transform.slope
-        arguments[f"CAPPED_{side.upper()}"] = capped
+        cap = transform.softcap
+        arguments[f"inner_{side}"] = 1.0 if cap is None else transform.scale / cap
+        arguments[f"outer_{side}"] = transform.slope if cap is None else cap / transform.temperature
+        arguments[f"CAPPED_{side.upper()}"] = cap is not None
     if "gradient" in arguments:
         gradient = arguments["gradient"]
         arguments["slope_s"] = transforms[0].slope

@@ -1,0 +1,31 @@
+"""Run a test file as several ranks of a process group, each a fresh process."""
+
+import os
+import socket
+import subprocess
+import sys
+
+
+def run_ranks(file, world_size, *arguments, timeout=120, **environment):
+    """`python file *arguments` once per rank, with torch's rendezvous variables; an AssertionError shows its stderr."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    common = {
+        **os.environ, "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
+        "OMP_NUM_THREADS": "1", **environment,
+    }  # fmt: skip
+    children = [
+        subprocess.Popen(
+            [sys.executable, str(file), *map(str, arguments)],
+            env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, stderr=subprocess.PIPE, text=True,
+        )
+        for rank in range(world_size)
+    ]  # fmt: skip
+    try:
+        for child in children:
+            _, errors = child.communicate(timeout=timeout)
+            assert child.returncode == 0, errors
+    finally:  # a rank that waits for one that died would wait for ever
+        for child in children:
+            child.kill()
