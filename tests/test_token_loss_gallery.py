@@ -17,6 +17,7 @@ from sdft_kernels.divergence.gallery import (
     entropy_aware_kl,
     entropy_bonus,
     entropy_gate,
+    importance_weighted,
     k1_student_teacher,
     k1_teacher_student,
     k2_student_teacher,
@@ -118,6 +119,10 @@ CASES = {
     "affine_sum": (
         combine(policy_gradient(A), entropy_bonus(0.1), sdft_token_loss(0.3, weight=W)),
         lambda n: -A * n.s - 0.1 * n.h_s + W * n.j,
+    ),
+    "sampled_token_clip": (
+        importance_weighted(k1_student_teacher(W), OLD, 2.0),
+        lambda n: importance(n) * W * (n.s - n.t).detach() * n.s,
     ),
     "gated_importance": (
         entropy_gate(policy_gradient(A, old_logprob=OLD, importance_clip=2.0), maximum=1.0),
@@ -318,6 +323,8 @@ BAD = [
     (lambda: ppo_clip(A, OLD, dual_clip=1.0), "dual_clip must be above 1, got 1.0"),
     (lambda: ppo_clip(A, OLD[:, None]), r"old_logprob must be an \(N,\) tensor, got torch.float64 \(37, 1\)"),
     (lambda: ppo_clip(A, OLD.clone().requires_grad_()), "old_logprob requires grad"),
+    (lambda: importance_weighted(mixed_kl(), OLD, 0.0), "importance_clip must be positive, got 0.0"),
+    (lambda: importance_weighted(mixed_kl(), 0.0, 2.0), r"old_logprob must be an \(N,\) tensor, got float 0.0"),
     (lambda: combine(), "at least one token loss"),
     (lambda: combine(sdft_token_loss(0.3, 1.0), sdft_token_loss(0.4, 1.0)), "one alpha"),
     (lambda: combine(sdft_token_loss(), ppo_clip(A, OLD)), "mean=True needs the number of tokens"),

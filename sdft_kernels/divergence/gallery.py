@@ -7,6 +7,8 @@ needs `target` says so; give its absent tokens (-100) weight 0 or mask them.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -240,6 +242,33 @@ def trust_region(
     return weighted
 
 
+def importance_weighted(
+    token_loss: AffineTokenLoss | TokenLoss, old_logprob: Tensor, importance_clip: float
+) -> TokenLoss:
+    """`token_loss` times min(exp(s - old), importance_clip) without gradient; needs `target`.
+
+    TRL's `distillation_is_clip` and SDPO's `is_clip` (2.0) around their `sampled_token`. Affine losses carry the ratio
+    themselves. s - old is limited to +-20.
+
+    Args:
+        token_loss: any. An affine loss with a weight on `jsd` needs `jsd_alpha` in the call too.
+        old_logprob: ``(N,)``, log-probability of `target` under the policy that sampled it.
+        importance_clip: upper limit of the ratio.
+
+    Raises:
+        ValueError: `importance_clip` is not positive; `old_logprob` not ``(N,)`` or with grad.
+    """
+    _positive("importance_clip", importance_clip)
+    old = _old_logprob(old_logprob)
+    inner = as_callable(token_loss)
+
+    def weighted(tokens: TokenDivergence, index: Tensor) -> Tensor:
+        s = _number(tokens, "student_logprob", "importance_weighted").detach()
+        return _ratio(s, old.to(s)[index]).clamp(max=importance_clip) * inner(tokens, index)
+
+    return weighted
+
+
 def clipped_kl(limit: float, weight: Weight = 1.0, *, name: str = "kl_teacher_student") -> TokenLoss:
     """min(D, limit) per token: beyond `limit` the value is `limit` and the gradient 0 (UniSD, arXiv 2605.06597).
 
@@ -312,14 +341,12 @@ def ppo_clip(
         raise ValueError(f"expected 0 <= clip_low < 1 and clip_high >= 0, got {clip_low} and {clip_high}")
     if dual_clip is not None and not dual_clip > 1:
         raise ValueError(f"dual_clip must be above 1, got {dual_clip}")
-    if not isinstance(old_logprob, Tensor) or old_logprob.dim() != 1:
-        raise ValueError(f"old_logprob must be an (N,) tensor, got {_describe(old_logprob)}")
-    advantage, weight, old = _data("advantage", advantage), _data("weight", weight), _data("old_logprob", old_logprob)
+    advantage, weight, old = _data("advantage", advantage), _data("weight", weight), _old_logprob(old_logprob)
 
     def token_loss(tokens: TokenDivergence, index: Tensor) -> Tensor:
-        s, _ = _logprobs(tokens, "ppo_clip")
+        s = _number(tokens, "student_logprob", "ppo_clip")
         a = torch.as_tensor(_at(advantage, index, s)).to(s)
-        ratio = (s - _at(old, index, s)).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
+        ratio = _ratio(s, old.to(s)[index])
         loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
         if dual_clip is not None:
             loss = torch.minimum(loss, -a * dual_clip).where(a < 0, loss)
@@ -370,16 +397,15 @@ def as_callable(token_loss: AffineTokenLoss | TokenLoss) -> TokenLoss:
     affine = token_loss
     if affine.mean:
         raise ValueError("an affine loss with mean=True needs the number of tokens: give it weight=1/n instead")
+    old, clip = affine.old_logprob, affine.importance_clip
+    if old is not None and clip is not None:
+        return importance_weighted(replace(affine, old_logprob=None, importance_clip=None), old, clip)
 
     def evaluate_affine(tokens: TokenDivergence, index: Tensor) -> Tensor:
         total = torch.zeros_like(tokens.kl_teacher_student)
         for name, weight in affine.weights().items():
             total = total + _times(_at(weight, index, total), _number(tokens, name, "token_loss"))
-        if affine.importance_clip is None or affine.old_logprob is None:
-            return total
-        s, _ = _logprobs(tokens, "importance_clip")
-        gap = s.detach() - affine.old_logprob.to(s)[index]
-        return total * gap.clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp().clamp(max=affine.importance_clip)
+        return total
 
     return evaluate_affine
 
@@ -405,6 +431,16 @@ def _at(value: Weight, index: Tensor, like: Tensor) -> Weight:
 def _times(weight: Weight, value: Tensor) -> Tensor:
     """weight value; a weight of 0 drops the token, even an infinite one. NaN stays NaN."""
     return weight * value if not isinstance(weight, Tensor) else (weight * value).where(weight != 0, 0.0)
+
+
+def _ratio(s: Tensor, old: Tensor) -> Tensor:
+    return (s - old).clamp(-EXPONENT_LIMIT, EXPONENT_LIMIT).exp()
+
+
+def _old_logprob(value: Tensor) -> Tensor:
+    if not isinstance(value, Tensor) or value.dim() != 1:
+        raise ValueError(f"old_logprob must be an (N,) tensor, got {_describe(value)}")
+    return torch.as_tensor(_data("old_logprob", value))
 
 
 def _number(tokens: TokenDivergence, name: str, who: str) -> Tensor:
