@@ -37,6 +37,8 @@ AFFINE = {
     "forward_kl_no_grad": {"weights": "f", "gradient": None},
 }
 STATS = {"stats": {}, "stats_everything": {"alpha": True, "target": True, "keep": True, "capped": True}}
+PARTIAL = {"everything": {"target": True, "keep": True, "capped": True}}
+MIXTURE = {"everything": {"alpha": True, "keep": True, "capped": True}}
 GRAD = {
     "forward_kl": {"weights": "f"},
     "everything": {"weights": "frjlh", "alpha": True, "target": True, "keep": True, "capped": True},
@@ -79,7 +81,11 @@ def jobs() -> Iterator[Job]:
     modes = [("affine_kernel", m, g) for m, o in AFFINE.items() for g in (GRADIENTS if o.get("gradient", 1) else "-")]
     modes += [("stats_kernel", m, "-") for m in STATS]
     modes += [("grad_kernel", m, g) for m in GRAD for g in GRADIENTS]
-    given = {"affine_kernel": AFFINE, "stats_kernel": STATS, "grad_kernel": GRAD}
+    modes += [("partial_kernel", m, "-") for m in PARTIAL] + [("mixture_kernel", m, "-") for m in MIXTURE]
+    given = {
+        "affine_kernel": AFFINE, "stats_kernel": STATS, "grad_kernel": GRAD, "partial_kernel": PARTIAL,
+        "mixture_kernel": MIXTURE,
+    }  # fmt: skip
     for kernel, mode, gradient in modes:
         for capability in CAPABILITIES:
             for configuration in lines(capability):
@@ -101,9 +107,9 @@ def compile_job(job: Job) -> Compiled:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    from sdft_kernels.divergence import rows_triton
+    from sdft_kernels.divergence import kernels_triton
 
-    function = getattr(rows_triton, job.kernel)
+    function = getattr(kernels_triton, job.kernel)
     signature, constants = _signature(function.arg_names, job)
     divisible = [["tt.divisibility", 16]]
     known = {"student", "teacher", "gradient", "stride", "gradient_stride"}
@@ -193,9 +199,9 @@ def _accesses(cubin: bytes) -> tuple[int, int, int, int]:
 def source_hash() -> str:
     """Of what decides the compiled code."""
     from sdft_kernels import _triton_math
-    from sdft_kernels.divergence import rows_triton
+    from sdft_kernels.divergence import kernels_triton, rows_triton
 
-    files = [Path(_triton_math.__file__), Path(rows_triton.__file__), rows_triton.CONFIGURATIONS, Path(__file__)]
+    files = [Path(_triton_math.__file__), Path(kernels_triton.__file__), rows_triton.CONFIGURATIONS, Path(__file__)]
     return hashlib.sha256(b"".join(file.read_bytes() for file in files)).hexdigest()[:16]
 
 

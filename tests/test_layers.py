@@ -31,7 +31,7 @@ class Layer:
 
 
 BASE = ("_version", "_dispatch", "_native", "_head", "_gemm", "_checks", "_chunks")
-TERMS = ("{op}.fields", "{op}.token_loss")
+TERMS = ("{op}.fields", "{op}.token_loss", "{op}.statistics")
 OTHER_OPS = ("{other}", "{other}.api")
 ALL_OPS = ("{any}", "{any}.api")
 TORCH = frozenset({"torch"})
@@ -51,8 +51,10 @@ LAYERS = (
     Layer("_chunks", ("_head", "_gemm"), eager=TORCH),
     Layer("{op}.fields", eager=TORCH),
     Layer("{op}.token_loss", ("{op}.fields",), eager=TORCH),
+    Layer("{op}.statistics", (*BASE, "{op}.fields"), eager=TORCH),
     Layer("{op}.gallery", TERMS, eager=TORCH),
-    Layer("{op}.rows_triton", (*BASE, *TERMS, "_triton_math"), eager=TORCH | {"triton"}),
+    Layer("{op}.kernels_triton", (*BASE, "_triton_math"), eager=frozenset({"triton"})),
+    Layer("{op}.rows_triton", (*BASE, *TERMS, "{op}.kernels_triton"), eager=TORCH),
     Layer("{op}.rows_*", (*BASE, *TERMS), eager=TORCH),
     Layer("{op}.reference", (*BASE, *TERMS), eager=TORCH),
     Layer("{op}.driver", (*BASE, *TERMS, "{op}.rows_*", *OTHER_OPS), eager=TORCH),

@@ -39,8 +39,8 @@ def assert_fits(row):
     assert row.registers <= row.max_registers, row
     assert row.shared_bytes <= aot.SHARED_LIMIT[row.capability] * 1024, row
     # Two models' blocks, read once for the numbers, once for a JSD, once for the gradient: 16 bytes at a time.
-    reads = {"affine_kernel": 2 if row.gradient != "-" else 1, "stats_kernel": 1, "grad_kernel": 1}[row.kernel]
-    reads += row.kernel != "grad_kernel" and row.mode in ("jsd", "everything", "stats_everything")
+    reads = {"affine_kernel": 1 + (row.gradient != "-")}.get(row.kernel, 1)
+    reads += row.kernel in ("affine_kernel", "stats_kernel") and row.mode in ("jsd", "everything", "stats_everything")
     per_thread = row.block // (32 * row.num_warps * 4)
     assert row.wide_loads == 2 * per_thread * reads, row
     assert row.narrow_loads <= 15, row  # a token's own: five weights, target, logits of the target, state

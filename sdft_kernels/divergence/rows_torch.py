@@ -15,11 +15,11 @@ from torch import Tensor
 
 from .._head import ABSENT_TARGET, Transform
 from .fields import DIFFERENTIABLE, FIELDS
+from .statistics import PARTIAL, STATE, finish, label_logit, pivot, state_of
 
 ROUNDS = False
 BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 5  # e_s, e_t, gap, product, mixture
-STATE = ("max_s", "sum_s", "sum_t", "kl_student_teacher", "student_entropy", "kl_student_mixture")
 # |log p_s - log p_t| beyond this is as good as infinite to a mixture (e^-80 is 0 next to 1); e^80 is finite in fp32.
 GAP_LIMIT = 80.0
 
@@ -83,16 +83,56 @@ def divergence_stats(
     tokens: Tensor,  # (8, C) receives the fields
 ) -> Tensor:
     """All fields of a tile, for a token loss that is not known yet; returns what `divergence_grad_` needs of them."""
-    state = student.new_zeros(student.shape[0], len(STATE))
+    state = student.new_zeros(len(STATE), student.shape[0])
     for part in _parts(student, teacher):
         labels = None if target is None else target[part.rows]
         numbers = _statistics(part, labels, transforms, alpha)
         _write(numbers, tokens[:, part.rows])
-        for i, name in enumerate(STATE):
-            if name in numbers:
-                state[part.rows, i : i + 1] = numbers[name]
+        flat = {name: value[:, 0] for name, value in numbers.items()}
+        state[:, part.rows] = state_of(flat, flat["sum_s"])
     _zero_dropped_(keep, tokens)
     return state
+
+
+def partial_statistics(
+    student: Tensor,  # (C, V) raw logits of a part of the vocabulary; left pivoted
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,) positions within the part; -100 where the target is elsewhere
+    transforms: tuple[Transform, Transform],
+    keep: Tensor | None,  # (C,) bool; a row that is not kept holds anything
+) -> Tensor:
+    """(len(PARTIAL), C): the sums of `statistics.PARTIAL` over this part."""
+    partial = student.new_zeros(len(PARTIAL), student.shape[0])
+    for part in _parts(student, teacher):
+        labels = None if target is None else target[part.rows]
+        for i, value in enumerate(_partial(part, labels, transforms).values()):
+            partial[i, part.rows] = value[:, 0]
+    return partial
+
+
+def repivot_(student: Tensor, teacher: Tensor, partial: Tensor, state: Tensor) -> None:
+    """Move tiles that `partial_statistics` pivoted about their own maxima to those in `state`."""
+    for i, tile in enumerate((student, teacher)):
+        tile.sub_((state[i] - pivot(partial[i]))[:, None])
+
+
+def mixture_sums(
+    student: Tensor,  # (C, V) pivoted about the maxima in `state`
+    teacher: Tensor,  # (C, V) likewise
+    state: Tensor,  # (len(STATE), C)
+    transforms: tuple[Transform, Transform],
+    alpha: float,
+    keep: Tensor | None,  # (C,) bool
+) -> Tensor:
+    """(2, C): this part's share of KL(p_s || m) and KL(p_t || m)."""
+    sums = student.new_zeros(2, student.shape[0])
+    for part in _parts(student, teacher):
+        numbers = {name: state[i, part.rows, None] for i, name in enumerate(STATE)}
+        _exponentials(part)
+        part.careful = part.z_s.device.type != "cpu" or bool(part.gap.sum().isnan())
+        for i, value in enumerate(_mixture_sums(part, numbers, alpha)):
+            sums[i, part.rows] = value[:, 0]
+    return sums
 
 
 def divergence_grad_(
@@ -109,7 +149,7 @@ def divergence_grad_(
     """dL/dlogits, (C, V), written over the student's tile in its dtype."""
     for part in _parts(student, teacher):
         labels = None if target is None else target[part.rows]
-        numbers = {name: state[part.rows, i : i + 1] for i, name in enumerate(STATE)}
+        numbers = {name: state[i, part.rows, None] for i, name in enumerate(STATE)}
         _exponentials(part)
         # A -inf or NaN logit poisons this sum; see `_statistics`.
         part.careful = part.z_s.device.type != "cpu" or bool(part.gap.sum().isnan())
@@ -182,15 +222,15 @@ def _exponentials(part: _Part) -> None:
     torch.sub(part.z_s, part.z_t, out=part.gap)
 
 
-def _statistics(
-    part: _Part, labels: Tensor | None, transforms: tuple[Transform, Transform], alpha: float | None
-) -> dict[str, Tensor]:
-    """Pivot both tiles in place; return every field and every entry of STATE as (R, 1)."""
+def _partial(part: _Part, labels: Tensor | None, transforms: tuple[Transform, Transform]) -> dict[str, Tensor]:
+    """Pivot both tiles in place; return every entry of PARTIAL as (R, 1), in its order."""
     _transform_(part.z_s, transforms[0])
     _transform_(part.z_t, transforms[1])
-    max_s, max_t = part.z_s.amax(-1, keepdim=True), part.z_t.amax(-1, keepdim=True)
-    part.z_s.sub_(max_s)
-    part.z_t.sub_(max_t)
+    maxima = part.z_s.amax(-1, keepdim=True), part.z_t.amax(-1, keepdim=True)
+    absent = torch.zeros_like(maxima[0])
+    at_label = [absent if labels is None else label_logit(z, labels) for z in (part.z_s, part.z_t)]
+    part.z_s.sub_(pivot(maxima[0]))
+    part.z_t.sub_(pivot(maxima[1]))
     _exponentials(part)
     # On CPU the fast sums are tried first: a -inf turns 0 * -inf into NaN and only then the block is summed with
     # selection (a pass more). Elsewhere asking would cost a synchronisation, so selection is always on.
@@ -199,25 +239,20 @@ def _statistics(
     if not part.careful and bool(torch.stack(sums).isnan().any()):
         part.careful = True
         sums = _sums(part)
-    sum_s, sum_t, first_s, first_t, gap_s, gap_t = sums
-    log_ratio = (sum_s / sum_t).log()
     torch.add(part.z_s, part.z_t, out=part.product)
-    numbers = {
-        "max_s": max_s,
-        "sum_s": sum_s,
-        "sum_t": sum_t,
-        "kl_teacher_student": (log_ratio - gap_t / sum_t).clamp_min(0),
-        "kl_student_teacher": (gap_s / sum_s - log_ratio).clamp_min(0),
-        "student_entropy": (sum_s.log() - first_s / sum_s).clamp_min(0),
-        "teacher_entropy": (sum_t.log() - first_t / sum_t).clamp_min(0),
-        # Both pivoted logits are 0 where both have their maximum. 0 * sum carries NaN.
-        "top1_agreement": (part.product.amax(-1, keepdim=True) == 0) + 0 * (sum_s + sum_t),
-    }
+    joint = (part.product.amax(-1, keepdim=True) == 0).to(absent)  # both are 0 where both have their maximum
+    return dict(zip(PARTIAL, (*maxima, *sums, joint, *at_label), strict=True))
+
+
+def _statistics(
+    part: _Part, labels: Tensor | None, transforms: tuple[Transform, Transform], alpha: float | None
+) -> dict[str, Tensor]:
+    """Pivot both tiles in place; return every field and every entry of STATE as (R, 1)."""
+    numbers = finish(_partial(part, labels, transforms), None if labels is None else labels[:, None])
     if alpha is not None:
-        numbers["jsd"] = _jsd(part, numbers, alpha)
-    if labels is not None:
-        numbers["student_logprob"] = _logprob(part.z_s, sum_s, labels)
-        numbers["teacher_logprob"] = _logprob(part.z_t, sum_t, labels)
+        total_s, total_t = _mixture_sums(part, numbers, alpha)
+        numbers["kl_student_mixture"] = total_s
+        numbers["jsd"] = (alpha * total_t + (1 - alpha) * total_s).clamp_min(0)
     return numbers
 
 
@@ -239,22 +274,12 @@ def _mixture(part: _Part, numbers: dict[str, Tensor], alpha: float) -> None:
     torch.neg(q, out=part.mixture).expm1_().mul_(alpha).log1p_().neg_()  # -log((1 - alpha) + alpha e^-q)
 
 
-def _jsd(part: _Part, numbers: dict[str, Tensor], alpha: float) -> Tensor:
-    """The generalized JSD, (R, 1), and KL(p_s || m) into `numbers`."""
+def _mixture_sums(part: _Part, numbers: dict[str, Tensor], alpha: float) -> tuple[Tensor, Tensor]:
+    """KL(p_s || m) and KL(p_t || m), (R, 1)."""
     _mixture(part, numbers, alpha)
     log_p_t_over_m = torch.sub(part.mixture, part.product, out=part.product)
     kl_teacher = _expectation(part, part.e_t, log_p_t_over_m) / numbers["sum_t"]
-    kl_student = _expectation(part, part.e_s, part.mixture) / numbers["sum_s"]
-    numbers["kl_student_mixture"] = kl_student
-    return (alpha * kl_teacher + (1 - alpha) * kl_student).clamp_min(0)
-
-
-def _logprob(z: Tensor, total: Tensor, labels: Tensor) -> Tensor:
-    """log p[label], (R, 1); 0 where absent, NaN where out of range."""
-    labels = labels[:, None]
-    inside = labels.clamp(0, z.shape[1] - 1)
-    value = (z.gather(1, inside) - total.log()).masked_fill(labels != inside, math.nan)
-    return value.masked_fill(labels == ABSENT_TARGET, 0.0)
+    return _expectation(part, part.e_s, part.mixture) / numbers["sum_s"], kl_teacher
 
 
 def _write(numbers: dict[str, Tensor], tokens: Tensor) -> None:
