@@ -29,6 +29,8 @@ if TYPE_CHECKING:
         sdft_token_loss,
     )
     from .models import head_kwargs
+    from .token_logprob import TokenLogprob, linear_token_logprob
+    from .topk_divergence import TopkDivergence, linear_topk_divergence
 
 __all__ = [
     "AffineTokenLoss",
@@ -37,10 +39,14 @@ __all__ = [
     "SDFTTrainer",
     "SelfDistiller",
     "TokenDivergence",
+    "TokenLogprob",
+    "TopkDivergence",
     "__version__",
     "head_kwargs",
     "linear_divergence",
     "linear_divergence_loss",
+    "linear_token_logprob",
+    "linear_topk_divergence",
     "sdft_token_loss",
 ]
 
@@ -51,9 +57,13 @@ _SUBMODULE = {
     "SDFTTrainer": "distill",
     "SelfDistiller": "distill",
     "TokenDivergence": "divergence",
+    "TokenLogprob": "token_logprob",
+    "TopkDivergence": "topk_divergence",
     "head_kwargs": "models",
     "linear_divergence": "divergence",
     "linear_divergence_loss": "divergence",
+    "linear_token_logprob": "token_logprob",
+    "linear_topk_divergence": "topk_divergence",
     "sdft_token_loss": "divergence",
 }
 _EXTRA = {"models": "train", "distill": "train"}

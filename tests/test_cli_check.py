@@ -6,8 +6,9 @@ import torch
 import sdft_kernels.testing
 from sdft_kernels import _dispatch, _native
 from sdft_kernels.cli import __main__ as cli
-from sdft_kernels.cli import check
+from sdft_kernels.cli import _check_ops, check, env
 from sdft_kernels.divergence import rows_torch
+from sdft_kernels.topk_divergence import rows_sparse
 
 
 @pytest.fixture(scope="module")
@@ -19,8 +20,10 @@ def report():
 def test_every_op_implementation_dtype_and_scenario_is_checked_and_ok(report):
     assert [row.cells() for row in report if not row.ok] == []
     names = {scenario.name for scenario in check.scenarios()}
-    for op in ("linear_divergence", "linear_divergence_loss"):
-        for impl in (n for n, why in _dispatch.available(op).items() if why == "available" and n != "reference"):
+    for op, dispatched in env.OPS.items():
+        available = [n for n, why in _dispatch.available(dispatched).items() if why == "available"]
+        assert "torch" in available
+        for impl in (n for n in available if n != "reference"):
             for dtype in ("fp32", "bf16"):
                 assert {r.case for r in report if (r.op, r.impl, r.dtype) == (op, impl, dtype)} == names
     implementations = {row.impl for row in report if row.op == "ema_update_"}
@@ -86,6 +89,29 @@ def test_a_wrong_row_kernel_fails(few, monkeypatch, capsys):
     assert status == 1 and "grad_student" in out
 
 
+def test_a_wrong_row_kernel_of_the_sparse_gradient_fails(few, monkeypatch, capsys):
+    """Its modes are told apart: a dense tail takes another path and stays right."""
+    right = rows_sparse.gradients_
+
+    def wrong(*arguments, **options):
+        answer = right(*arguments, **options)
+        return answer if answer is None else answer * 1.02
+
+    monkeypatch.setattr(rows_sparse, "gradients_", wrong)
+    status, out = run_check(capsys)
+    failed = [line for line in out.splitlines() if line.endswith("FAILED")]
+    assert status == 1 and failed
+    assert all(line.startswith("linear_topk_divergence") for line in failed if not line[0].isdigit())
+    assert any("/renormalize grad_student_input" in line for line in failed)
+
+
+def test_modes_of_op_2_take_every_support_and_tail_and_alpha_regime():
+    supports, tails, alphas = zip(*_check_ops.TOPK_MODES, strict=True)
+    assert {"student", "union", "cached", "given"} <= set(supports)
+    assert set(tails) == {"renormalize", "bucket", "drop"}
+    assert {0.0, 1.0} < set(alphas)
+
+
 def test_a_raise_is_a_row_and_does_not_end_the_check(few, monkeypatch, capsys):
     def broken(*arguments, **options):
         raise RuntimeError("cannot launch\nsecond line")
@@ -94,7 +120,7 @@ def test_a_raise_is_a_row_and_does_not_end_the_check(few, monkeypatch, capsys):
     status, out = run_check(capsys)
     assert status == 1
     assert "raised RuntimeError: cannot launch second line" in out
-    assert sum(line.endswith(" ok") for line in out.splitlines()) == 4
+    assert sum(line.endswith(" ok") for line in out.splitlines()) == 2 * len(env.OPS)
 
 
 def test_a_missing_number_fails():

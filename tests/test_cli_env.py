@@ -23,6 +23,9 @@ def test_json_parses_and_is_complete(monkeypatch, capsys):
     assert report["cpu"]["torch_capability"] == torch.backends.cpu.get_cpu_capability()
     assert report["native"]["built"] == _native.has_native()
     assert report["implementations"]["linear_divergence"]["auto"] == _dispatch.resolve("auto")
+    ops = {"linear_divergence", "linear_divergence_loss", "linear_topk_divergence", "linear_token_logprob"}
+    assert set(report["implementations"]) == ops
+    assert all(answers["torch"] == "available" for answers in report["implementations"].values())
     assert report["environment"]["SDFT_KERNELS_DEBUG"] == "0"
     assert "must not be printed" not in out
 
@@ -50,3 +53,4 @@ def test_works_without_torch():
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert "torch cannot be imported" in report["gpu"]["reason"] and not report["native"]["built"]
+    assert all(answers["auto"].startswith("none: ") for answers in report["implementations"].values())

@@ -65,6 +65,7 @@ def test_loss_works_with_optional_packages_blocked() -> None:
             """
             import torch
             from sdft_kernels import linear_divergence, linear_divergence_loss
+            from sdft_kernels import linear_token_logprob, linear_topk_divergence
             hidden, weight = torch.randn(5, 8, requires_grad=True), torch.randn(11, 8)
             target = torch.arange(5)
             tokens = linear_divergence(hidden, weight, hidden.detach() + 0.1, weight, target)
@@ -72,6 +73,10 @@ def test_loss_works_with_optional_packages_blocked() -> None:
             loss.backward()
             assert hidden.grad.abs().sum() > 0
             assert torch.allclose(loss, tokens.kl_teacher_student.mean())
+            numbers = linear_token_logprob(hidden, weight, target)
+            assert torch.allclose(numbers.logprob, tokens.student_logprob)
+            sparse = linear_topk_divergence(hidden, weight, hidden.detach() + 0.1, weight, k=11, alpha=0.0)
+            assert torch.allclose(sparse.divergence, tokens.kl_teacher_student, atol=1e-6)
             assert not torch.cuda.is_initialized()
             print("done")
             """,

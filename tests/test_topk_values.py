@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from topk_cases import EVERY_OPTION, NAMED, SUPPORTS, TAILS, TRAINED, K, draw, logprobs_of_teacher, restrict, run, to
 
 from sdft_kernels import linear_divergence
-from sdft_kernels.testing import KINDS, assert_within_budget, relative_error
-from sdft_kernels.topk_divergence import TopkDivergence, linear_topk_divergence
+from sdft_kernels.testing import KINDS, assert_within_budget, on_the_same_ids, relative_error
+from sdft_kernels.topk_divergence import linear_topk_divergence
 
 ALPHAS = (0.0, 0.3, 1.0)
 GRADS = tuple(f"grad_{name}" for name in TRAINED)
@@ -23,12 +23,6 @@ def assert_equals_reference(x, options, limit=1e-10, **execution):
         else:
             assert relative_error(value, truth[name]) < limit, (name, options)
     return actual
-
-
-def on_the_same_ids(mode, actual):
-    """`mode` on the ids that a run found, with the same outputs."""
-    mode = mode | {"outputs": tuple(name for name in TopkDivergence._fields if name in actual)}
-    return mode if "teacher_topk" in mode else mode | {"k": None, "support": actual["ids"]}
 
 
 @pytest.mark.parametrize("support", SUPPORTS)

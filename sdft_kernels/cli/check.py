@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from sdft_kernels.cli._check_ops import Op
     from sdft_kernels.testing import DivergenceInputs
 
 HELP = "Check every op and implementation against its fp64 reference on this device, in seconds."
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
             progress.step(f"{rows[-1].op} {rows[-1].case}")
     columns = ("op", "impl", "dtype", "case", "worst", "error", "eager error", "limit", "")
     print_table(f"relative errors against the fp64 reference on {device}", columns, [row.cells() for row in rows])
-    for line in not_available():
+    for line in not_available(device):
         print(line)
     failed = sum(not row.ok for row in rows)
     print(f"{len(rows) - failed} of {len(rows)} ok" + (f", {failed} FAILED" if failed else ""))
@@ -108,30 +109,31 @@ def run(args: argparse.Namespace) -> int:
 def check_jobs(device: str, dtypes: Sequence[str]) -> Iterator[Callable[[], Row]]:
     """Yield a function per op, available implementation, dtype and scenario; each computes one row."""
     from sdft_kernels import _dispatch, _native
+    from sdft_kernels.cli._check_ops import all_ops
 
-    for op, run_op in _divergence_ops().items():
-        implementations = [
-            name for name, why in _dispatch.available(op).items() if why == "available" and name != "reference"
-        ]
-        for impl in implementations:
+    for op in all_ops():
+        for impl in _dispatch.IMPLEMENTATIONS:
+            if impl in ("auto", "reference") or _dispatch.why_not(impl, op.dispatched, device):
+                continue
             for dtype in dtypes:
                 for scenario in scenarios():
-                    yield partial(_check_divergence, op, run_op, impl, dtype, device, scenario)
+                    yield partial(_check_op, op, impl, dtype, device, scenario)
     for dtype in dtypes:
         yield partial(_check_ema, "torch", dtype, device)
         if device == "cpu" and _native.has_native():
             yield partial(_check_ema, "native", dtype, device)
 
 
-def not_available() -> list[str]:
-    """Return a line per implementation that was not checked, with the reason."""
+def not_available(device: str) -> list[str]:
+    """Return a line per implementation that was not checked on `device`, with the reason."""
     from sdft_kernels import _dispatch, _native
+    from sdft_kernels.cli._check_ops import all_ops
 
     reasons = {
-        f"{op}, impl {name}: not checked, {why}"
-        for op in _divergence_ops()
-        for name, why in _dispatch.available(op).items()
-        if why != "available"
+        f"{op.name}, impl {impl}: not checked, {why}"
+        for op in all_ops()
+        for impl in _dispatch.IMPLEMENTATIONS
+        if impl != "auto" and (why := _dispatch.why_not(impl, op.dispatched, device))
     }
     if not _native.has_native():
         reasons.add(f"ema_update_, impl native: not checked, {_native.why_not()}")
@@ -176,41 +178,21 @@ def _mask_vocabulary(inputs: DivergenceInputs) -> DivergenceInputs:
     )
 
 
-RunOp = Callable[["DivergenceInputs", str, dict[str, Any]], "dict[str, Tensor]"]
-
-
-def _divergence_ops() -> dict[str, RunOp]:
-    from sdft_kernels import AffineTokenLoss
-    from sdft_kernels.testing import random_upstream, run_divergence, run_divergence_loss
-
-    def tokens(inputs: DivergenceInputs, impl: str, options: dict[str, Any]) -> dict[str, Tensor]:
-        upstream = random_upstream(inputs.student_input.shape[0], "jsd_alpha" in options)
-        return run_divergence(inputs, impl, upstream, **options)
-
-    def loss(inputs: DivergenceInputs, impl: str, options: dict[str, Any]) -> dict[str, Tensor]:
-        alpha = options.get("jsd_alpha")
-        weights: dict[str, Any] = {"kl_teacher_student": 1.0, "kl_student_teacher": 0.5, "student_logprob": -0.1}
-        weights |= {"student_entropy": -0.01} if alpha is None else {"jsd": 0.7, "alpha": alpha}
-        return run_divergence_loss(inputs, impl, AffineTokenLoss(**weights), **options)
-
-    return {"linear_divergence": tokens, "linear_divergence_loss": loss}
-
-
-def _check_divergence(op: str, run_op: RunOp, impl: str, dtype: str, device: str, scenario: Scenario) -> Row:
+def _check_op(op: Op, impl: str, dtype: str, device: str, scenario: Scenario) -> Row:
     import torch
 
     from sdft_kernels.testing import make_divergence_inputs
 
-    row = Row(op, impl, dtype, scenario.name)
+    row = Row(op.name, impl, dtype, scenario.name)
     of = {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]
     drawn = make_divergence_inputs(scenario.kind, dtype=of, device=device, **scenario.drawn)
     inputs = scenario.change(drawn)
-    eager = run_op(inputs.to(torch.float32), "reference", scenario.options)
-    truth = run_op(inputs.to(torch.float64), "reference", scenario.options)
     try:
-        actual = run_op(inputs, impl, scenario.options)
+        actual = op.run(inputs, impl, scenario.options, None)
     except Exception as error:
         return replace(row, raised=_raised(error))
+    eager = op.run(inputs.to(torch.float32), "reference", scenario.options, actual)
+    truth = op.run(inputs.to(torch.float64), "reference", scenario.options, actual)
     return _worst(row, actual, eager, truth)
 
 
@@ -227,6 +209,8 @@ def _worst(row: Row, actual: dict[str, Tensor], eager: dict[str, Tensor], truth:
 
     rows = []
     for name, expected in truth.items():
+        if not expected.is_floating_point():  # ids, which are those of `actual`
+            continue
         if name not in actual:
             return replace(row, raised=f"nothing for {name}")
         error, eager_error = relative_error(actual[name], expected), relative_error(eager[name], expected)
@@ -234,7 +218,7 @@ def _worst(row: Row, actual: dict[str, Tensor], eager: dict[str, Tensor], truth:
         limit = FACTOR * max(eager_error, eps)
         if expected.numel() == 1:
             limit = max(limit, SCALAR_ULPS * eps)
-        if row.dtype == "bf16" and name.startswith("grad_"):
+        if row.dtype == "bf16" and "grad_" in name:
             limit = BF16_GRADIENT_LIMIT
         rows.append(replace(row, quantity=name, error=error, eager=eager_error, limit=limit))
     return max(

@@ -16,7 +16,13 @@ from sdft_kernels._version import __version__
 
 HELP = "Print versions, hardware and the implementation of every op: paste it when reporting a bug."
 
-OPS = ("linear_divergence", "linear_divergence_loss")
+# Op -> its name in the table of implementations.
+OPS = {
+    "linear_divergence": "linear_divergence",
+    "linear_divergence_loss": "linear_divergence",
+    "linear_topk_divergence": "linear_topk_divergence",
+    "linear_token_logprob": "linear_token_logprob",
+}
 
 # Distribution names, in the order of how often a bug report hinges on them.
 PACKAGES = (
@@ -153,9 +159,11 @@ def native_report() -> dict[str, Any]:
 
 def implementation_report() -> dict[str, dict[str, str]]:
     """Return, per op, what ``impl="auto"`` runs here and what every named implementation answers."""
-    from sdft_kernels import _dispatch
-
-    return {op: {"auto": _dispatch.resolve("auto", op), **_dispatch.available(op)} for op in OPS}
+    try:
+        from sdft_kernels import _dispatch
+    except ImportError as error:
+        return {op: {"auto": f"none: {error}"} for op in OPS}
+    return {op: {"auto": _dispatch.resolve("auto", name), **_dispatch.available(name)} for op, name in OPS.items()}
 
 
 def format_text(report: dict[str, Any]) -> str:
