@@ -61,7 +61,7 @@ def test_implementations_that_cannot_run():
     for impl in ("native", "triton"):
         with pytest.raises(RuntimeError, match=impl):
             call(make_divergence_inputs(), impl=impl)
-    with pytest.raises(NotImplementedError, match="vocab_group"):
+    with pytest.raises(ValueError, match="vocab_group must be a torch.distributed process group, got object"):
         call(make_divergence_inputs(), vocab_group=object())
 
 

@@ -131,7 +131,7 @@ def test_negative_control_a_wasteful_product_is_counted(count, monkeypatch):
 def largest(x, token_loss):
     """The largest tensor that the driver makes, the weight's gradient apart (V*H < N*V/16 here)."""
     tensors = operators.Tensors(*(x.get(name) for name in operators.Tensors._fields))
-    options = operators.Options(0.5, 1.0, 1.0, 1.0, None, None, torch.float32, BUDGET, True, None, "torch")
+    options = operators.Options(0.5, 1.0, 1.0, 1.0, None, None, torch.float32, BUDGET, True, None, "torch", None)
     with LargestTensor() as seen:
         operators.drive(tensors, options, token_loss, driver.Need(True, True, False))
     return seen.numel

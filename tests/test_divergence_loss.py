@@ -220,7 +220,7 @@ def test_registered_operator():
     x = make_divergence_inputs("near", tokens=5, bias=True, mask=True)
     head = (x.student_input, x.student_weight, x.student_bias, x.teacher_input, x.teacher_weight, x.teacher_bias)
     weights = torch.ones(1, 5)
-    tail = (0.5, 1.0, 1.0, 1.0, None, None, torch.float32, None, True, None, "torch")
+    tail = (0.5, 1.0, 1.0, 1.0, None, None, torch.float32, None, True, None, "torch", None)
     for need in ((True, True, True), (False, False, False)):
         args = (*head, x.target, x.mask, weights, ["jsd"], None, None, *need, *tail)
         torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

@@ -259,7 +259,7 @@ def test_registered_operator_and_full_graph(interpreted):
     """opcheck and torch.compile with the Triton rows inside the operator."""
     x = make_divergence_inputs("near", tokens=3, vocabulary=203, hidden=16, device=interpreted)
     head = (x.student_input, x.student_weight, None, x.teacher_input, x.teacher_weight, None, x.target, None)
-    tail = (0.5, 1.0, 1.0, 1.0, None, None, torch.float32, None, True, None, "triton")
+    tail = (0.5, 1.0, 1.0, 1.0, None, None, torch.float32, None, True, None, "triton", None)
     weights = torch.ones(1, 3, device=interpreted)
     args = (*head, weights, ["jsd"], None, None, True, True, False, *tail)
     op = torch.ops.sdft_kernels.linear_divergence.default

@@ -74,7 +74,10 @@ def linear_divergence(
         student_logit_scale, teacher_logit_scale: multiply the raw logits (Cohere; 1/logits_scaling of Granite).
         student_softcap, teacher_softcap: cap * tanh(logit / cap) after the scale (Gemma 2).
         outputs: names to return; None is every number that the arguments allow. The others are None.
-        vocab_group: reserved for a vocabulary sharded over a process group.
+        vocab_group: process group over which the vocabulary is sharded: each rank passes its rows of both heads (and
+            biases), in rank order, and the same tokens; targets count in the whole vocabulary. Numbers and dX are those
+            of the whole, dW and dbias this rank's. Every rank must call, forward and backward, with the same upstream
+            gradients. One host synchronisation per call.
         memory_budget: bytes for tiles and scratch beyond inputs, outputs, gradients and one fp32 accumulator of the
             weight's gradient. None is 256 MiB on CPU, 1.5 GiB on CUDA.
         pack: gather the unmasked tokens first (one host synchronisation). False computes all and selects.
@@ -88,7 +91,6 @@ def linear_divergence(
     Raises:
         ValueError: an argument that does not fit; the message names it, its value and what was expected.
         RuntimeError: an implementation asked for by name that cannot run.
-        NotImplementedError: `vocab_group`.
 
     The gradient and the statistics are derived in the op's README. Objective: SDFT, arXiv 2601.19897.
     """
@@ -99,7 +101,7 @@ def linear_divergence(
         tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
         memory_budget, pack, precision, vocab_group, impl,
     )  # fmt: skip
-    _check(tensors)
+    _check(tensors, options)
     names = _output_names(outputs, target is not None, jsd_alpha is not None)
     if options.impl == "reference":
         tokens = _reference(tensors, options)
@@ -148,7 +150,7 @@ def linear_divergence_loss(
         `student_bias`, once; and the detached per-token numbers.
 
     Raises:
-        ValueError, RuntimeError, NotImplementedError: as `linear_divergence`.
+        ValueError, RuntimeError: as `linear_divergence`.
     """
     tensors = Tensors(
         student_input, student_weight, student_bias, teacher_input, teacher_weight, teacher_bias, target, mask
@@ -163,7 +165,7 @@ def linear_divergence_loss(
         tensors, jsd_alpha, temperature, student_logit_scale, teacher_logit_scale, student_softcap, teacher_softcap,
         memory_budget, pack, precision, vocab_group, impl,
     )  # fmt: skip
-    _check(tensors)
+    _check(tensors, options)
     resolved = _resolve_loss(token_loss, tensors, options)
     names = available_fields(target is not None, jsd_alpha is not None)
     if options.impl == "reference":
@@ -272,8 +274,6 @@ def _options(
     vocab_group: Any,
     impl: str,
 ) -> Options:
-    if vocab_group is not None:
-        raise NotImplementedError("vocab_group: a vocabulary sharded over a process group is not supported yet")
     if jsd_alpha is not None and not 0 <= jsd_alpha <= 1:
         raise ValueError(f"jsd_alpha must be within [0, 1], got {jsd_alpha}")
     positive = dict(
@@ -283,14 +283,19 @@ def _options(
     check_positive(positive)
     check_precision(precision, t.student_input)
     operand = operand_dtype(t.student_input)
+    impl = resolve(impl, "linear_divergence", device=t.student_input.device, dtype=accumulate_dtype(operand))
+    if vocab_group is not None and not hasattr(vocab_group, "group_name"):
+        raise ValueError(f"vocab_group must be a torch.distributed process group, got {type(vocab_group).__name__}")
+    if vocab_group is not None and impl == "reference":
+        raise ValueError("vocab_group: impl='reference' needs the whole heads; gather them, or use impl='auto'")
     return Options(
         jsd_alpha, float(temperature), float(student_logit_scale), float(teacher_logit_scale),
         student_softcap, teacher_softcap, operand, memory_budget, pack, precision,
-        resolve(impl, "linear_divergence", device=t.student_input.device, dtype=accumulate_dtype(operand)),
+        impl, None if vocab_group is None else vocab_group.group_name,
     )  # fmt: skip
 
 
-def _check(t: Tensors) -> None:
+def _check(t: Tensors, o: Options) -> None:
     """Shapes, dtypes, devices, and who may require grad."""
     tensors = t._asdict()
     check_tensors({name: value for name, value in tensors.items() if value is not None})
@@ -315,4 +320,5 @@ def _check(t: Tensors) -> None:
         t.teacher_input,
         {"teacher_weight": (t.teacher_weight, t.student_weight), "teacher_bias": (t.teacher_bias, t.student_bias)},
     )
-    check_target_range(t.target, t.mask, vocabulary)
+    if o.vocab_group is None:  # else only the driver knows the whole vocabulary
+        check_target_range(t.target, t.mask, vocabulary)

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
+from .._checks import check_target_range
 from .._gemm import exact_matmul
 from .._head import Transform
 from .fields import DIFFERENTIABLE, FIELDS, available_fields
 from .token_loss import TokenLoss, evaluate
+from .vocab_parallel import Shard, ShardedRows
 
 DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
 
@@ -177,16 +179,26 @@ def linear_divergence(
     memory_budget: int | None = None,
     pack: bool = True,
     precision: str | None = None,
+    vocab_group: str | None = None,
     check_elementwise: bool = False,
 ) -> Result:
     """All fields, the summed token loss, and its gradients. `token_loss=None`: no loss, no gradients.
 
-    `alpha` is None (no JSD), 0 or 1 (the JSD field is the matching KL), or between.
+    `alpha` is None (no JSD), 0 or 1 (the JSD field is the matching KL), or between. With `vocab_group`, the name of a
+    process group, the heads hold this rank's rows of the vocabulary; dX is summed over the ranks.
     """
     device = student.input.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_matmul(precision):
         plan = make_plan(student, teacher, mask, pack, memory_budget, gemm, rows)
-        call = _Call(student, teacher, target, mask, alpha, token_loss, need, gemm, rows, plan, check_elementwise)
+        shard = None
+        if vocab_group is not None:
+            shape = student.weight.shape
+            shard = Shard.agree(vocab_group, student.input.shape[0], shape[0], plan.chunk, device)
+            check_target_range(target, mask, shard.vocabulary)
+            plan, rows = replace(plan, chunk=shard.chunk), ShardedRows(rows, shard)
+        call = _Call(
+            student, teacher, target, mask, alpha, token_loss, need, gemm, rows, plan, check_elementwise, shard
+        )
         for part in plan.chunks():
             call.run(part)
         return call.result()
@@ -207,6 +219,7 @@ class _Call:
     rows: Rows
     plan: Plan
     check_elementwise: bool
+    shard: Shard | None
 
     def __post_init__(self) -> None:
         alpha = self.alpha
@@ -320,9 +333,9 @@ class _Call:
             self.grad_bias += grad.sum(0, dtype=self.grad_bias.dtype)
         grad = self.gemm.round_gradient(grad)
         if self.grad_input is not None:
-            out = torch.empty_like(h_s)
+            out = h_s.new_empty(h_s.shape, dtype=h_s.dtype if self.shard is None else self.gemm.accumulate)
             self.gemm.grad_input(grad, self.student.weight, out)
-            self.grad_input[take] = out
+            self.grad_input[take] = (out if self.shard is None else self.shard.sum_(out)).to(h_s.dtype)
         if self.grad_weight is not None:
             self.gemm.grad_weight(grad, h_s, self.grad_weight)
 

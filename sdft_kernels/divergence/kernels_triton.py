@@ -94,16 +94,17 @@ def _mixture_sums(
 
 @triton.jit
 def _label_logit(row, label, vocabulary, inner, outer, CAPPED: tl.constexpr):
-    """z[label]; 0 where absent, NaN where out of range."""
+    """z[label]; 0 where the label is not within the row: absent, or in another part of the vocabulary."""
     inside = (label >= 0) & (label < vocabulary)
     z = _transform(tl.load(row + tl.where(inside, label, 0)), inner, outer, CAPPED)
-    return tl.where(label == _ABSENT, 0.0, tl.where(inside, z, float("nan")))
+    return tl.where(inside, z, 0.0)
 
 
 @triton.jit
 def _logprob(row, label, vocabulary, inner, outer, maximum, total, CAPPED: tl.constexpr):
     """log p[label]; 0 where absent, NaN where out of range."""
     value = _label_logit(row, label, vocabulary, inner, outer, CAPPED) - maximum - log1p(total - 1.0)
+    value = tl.where((label >= 0) & (label < vocabulary), value, float("nan"))
     return tl.where(label == _ABSENT, 0.0, value)
 
 

@@ -26,7 +26,7 @@ SCHEMA = """linear_divergence(
     bool need_input_grad, bool need_weight_grad, bool need_bias_grad,
     float? jsd_alpha, float temperature, float student_logit_scale, float teacher_logit_scale,
     float? student_softcap, float? teacher_softcap, ScalarType operand_dtype,
-    int? memory_budget, bool pack, str? precision, str impl
+    int? memory_budget, bool pack, str? precision, str impl, str? vocab_group
 ) -> (Tensor loss, Tensor tokens, Tensor grad_input, Tensor grad_weight, Tensor grad_bias)"""
 
 _library = torch.library.Library(NAMESPACE, "FRAGMENT")
@@ -47,6 +47,7 @@ class Options(NamedTuple):
     pack: bool
     precision: str | None
     impl: str  # resolved: "torch", "triton" or "reference"
+    vocab_group: str | None  # name of the process group over which the vocabulary is sharded
 
     def transforms(self) -> tuple[Transform, Transform]:
         return (
@@ -94,6 +95,7 @@ def drive(
         memory_budget=o.memory_budget,
         pack=o.pack,
         precision=o.precision,
+        vocab_group=o.vocab_group,
         check_elementwise=check_elementwise,
     )
 

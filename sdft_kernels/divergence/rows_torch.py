@@ -248,7 +248,8 @@ def _statistics(
     part: _Part, labels: Tensor | None, transforms: tuple[Transform, Transform], alpha: float | None
 ) -> dict[str, Tensor]:
     """Pivot both tiles in place; return every field and every entry of STATE as (R, 1)."""
-    numbers = finish(_partial(part, labels, transforms), None if labels is None else labels[:, None])
+    target = None if labels is None else labels[:, None]
+    numbers = finish(_partial(part, labels, transforms), target, part.z_s.shape[1])
     if alpha is not None:
         total_s, total_t = _mixture_sums(part, numbers, alpha)
         numbers["kl_student_mixture"] = total_s
@@ -310,7 +311,8 @@ def _gradient_(
     if "kl_teacher_student" in upstream:
         out.addcmul_(part.e_t, upstream["kl_teacher_student"] * (transform.slope / sum_t), value=-1)
     if g_l is not None and labels is not None:
-        out.scatter_add_(1, labels[:, None].clamp(0, out.shape[1] - 1), g_l * transform.slope)
+        column = labels[:, None].clamp(0, out.shape[1] - 1)
+        out.scatter_add_(1, column, (g_l * transform.slope).masked_fill(column != labels[:, None], 0.0))
     if transform.softcap is not None:  # dc/du = 1 - (c / cap)^2, and 0 at a logit of -inf
         bend = part.z_s.add_(numbers["max_s"]).mul_(transform.temperature / transform.softcap)
         bend.square_().neg_().add_(1).clamp_min_(0).mul_(out)

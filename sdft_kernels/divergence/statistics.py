@@ -46,10 +46,11 @@ def merge(parts: Tensor) -> dict[str, Tensor]:
     return merged
 
 
-def finish(p: dict[str, Tensor], target: Tensor | None) -> dict[str, Tensor]:
+def finish(p: dict[str, Tensor], target: Tensor | None, vocabulary: int) -> dict[str, Tensor]:
     """Fields (but the JSD) and entries of STATE (but the mixture's) from the statistics of a whole row.
 
-    Every tensor, `target` too, has one shape. A row that is all -inf, or holds a NaN, comes out NaN.
+    Every tensor, `target` too, has one shape. A target out of range has a log-probability of NaN, and a row that is all
+    -inf, or holds a NaN, comes out NaN.
     """
     log_ratio = (p["sum_s"] / p["sum_t"]).log()
     numbers = {
@@ -66,15 +67,21 @@ def finish(p: dict[str, Tensor], target: Tensor | None) -> dict[str, Tensor]:
     if target is not None:
         for side, name in (("s", "student_logprob"), ("t", "teacher_logprob")):
             value = p[f"label_{side}"] - numbers[f"max_{side}"] - p[f"sum_{side}"].log()
+            value = value.masked_fill(out_of_range(target, vocabulary), math.nan)
             numbers[name] = value.masked_fill(target == ABSENT_TARGET, 0.0)
     return numbers
 
 
+def out_of_range(target: Tensor, vocabulary: int) -> Tensor:
+    """True where the target is neither in the vocabulary nor absent."""
+    return ((target < 0) | (target >= vocabulary)) & (target != ABSENT_TARGET)
+
+
 def label_logit(z: Tensor, target: Tensor) -> Tensor:
-    """z (C, V) at the target (C,), as (C, 1); 0 where absent, NaN where out of range."""
+    """z (C, V) at the target (C,), as (C, 1); 0 where it is not within the row: absent, or in another part."""
     column = target[:, None]
     inside = column.clamp(0, z.shape[1] - 1)
-    return z.gather(1, inside).masked_fill(column != inside, math.nan).masked_fill(column == ABSENT_TARGET, 0.0)
+    return z.gather(1, inside).masked_fill(column != inside, 0.0)
 
 
 def state_of(numbers: dict[str, Tensor], like: Tensor) -> Tensor:
