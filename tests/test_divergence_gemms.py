@@ -9,6 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss
+from sdft_kernels._chunks import Need
 from sdft_kernels._gemm import Gemm
 from sdft_kernels.divergence import driver, operators, rows_torch
 from sdft_kernels.testing import make_divergence_inputs
@@ -133,7 +134,7 @@ def largest(x, token_loss):
     tensors = operators.Tensors(*(x.get(name) for name in operators.Tensors._fields))
     options = operators.Options(0.5, 1.0, 1.0, 1.0, None, None, torch.float32, BUDGET, True, None, "torch", None)
     with LargestTensor() as seen:
-        operators.drive(tensors, options, token_loss, driver.Need(True, True, False))
+        operators.drive(tensors, options, token_loss, Need(True, True, False))
     return seen.numel
 
 

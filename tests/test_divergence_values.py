@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss, sdft_token_loss
+from sdft_kernels._chunks import DEFAULT_MEMORY_BUDGET
 from sdft_kernels._gemm import Gemm
 from sdft_kernels._head import IDENTITY
 from sdft_kernels.divergence import rows_torch
-from sdft_kernels.divergence.driver import DEFAULT_MEMORY_BUDGET
 from sdft_kernels.divergence.fields import FIELDS
 from sdft_kernels.testing import (
     KINDS,

@@ -30,7 +30,7 @@ class Layer:
     lazy: frozenset[str] = frozenset()
 
 
-BASE = ("_version", "_dispatch", "_native", "_head", "_gemm", "_checks", "_chunks")
+BASE = ("_version", "_dispatch", "_native", "_head", "_gemm", "_checks", "_chunks", "_rows")
 TERMS = ("{op}.fields", "{op}.token_loss", "{op}.statistics")
 OTHER_OPS = ("{other}", "{other}.api")
 ALL_OPS = ("{any}", "{any}.api")
@@ -48,6 +48,7 @@ LAYERS = (
     Layer("_gemm", eager=TORCH),
     Layer("_triton_math", eager=frozenset({"triton"})),
     Layer("_checks", ("_head", "_dispatch"), eager=TORCH),
+    Layer("_rows", ("_head",), eager=TORCH),
     Layer("_chunks", ("_head", "_gemm"), eager=TORCH),
     Layer("{op}.fields", eager=TORCH),
     Layer("{op}.token_loss", ("{op}.fields",), eager=TORCH),

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import (
+    accumulate_dtype,
     check_float_dtypes,
     check_index_dtypes,
     check_matrices,
@@ -24,7 +25,7 @@ from .._checks import (
 from .._dispatch import debug_enabled, resolve
 from .driver import Affine
 from .fields import NEED_TARGET, TokenDivergence, available_fields
-from .operators import LossFunction, Options, Tensors, TokensFunction, accumulate_dtype
+from .operators import LossFunction, Options, Tensors, TokensFunction
 from .reference import linear_divergence_reference
 from .token_loss import AffineTokenLoss, TokenLoss, sdft_token_loss
 

@@ -8,28 +8,13 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from .._checks import check_target_range
+from .._checks import check_target_range, same_tensor
+from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, select_tokens
 from .._gemm import exact_matmul
 from .._head import Transform
 from .fields import DIFFERENTIABLE, FIELDS, available_fields
 from .token_loss import TokenLoss, evaluate
 from .vocab_parallel import Shard, ShardedRows
-
-DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
-
-
-class Products(Protocol):
-    """What the driver needs of `_gemm.Gemm`; tests pass one that counts."""
-
-    @property
-    def accumulate(self) -> torch.dtype: ...
-    def scratch_bytes(self, device: torch.device, weight: Tensor) -> int: ...
-    def gradient_dtype(self, device: torch.device) -> torch.dtype: ...
-    def bytes_per_logit(self, device: torch.device) -> int: ...
-    def round_gradient(self, grad: Tensor) -> Tensor: ...
-    def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
-    def grad_input(self, grad: Tensor, weight: Tensor, out: Tensor) -> None: ...
-    def grad_weight(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None: ...
 
 
 class Rows(Protocol):
@@ -89,23 +74,6 @@ def rows_of(impl: str) -> Rows:
     return rows_torch
 
 
-class Side(NamedTuple):
-    """One model's head: (N, H) inputs, (V, H) weight, (V,) bias and what follows the product."""
-
-    input: Tensor
-    weight: Tensor
-    bias: Tensor | None
-    transform: Transform
-
-
-class Need(NamedTuple):
-    """Which gradients of the student to compute."""
-
-    input: bool = False
-    weight: bool = False
-    bias: bool = False
-
-
 class Affine(NamedTuple):
     """sum_k weights_k field_k per token, times the clipped importance ratio if there is one."""
 
@@ -122,52 +90,26 @@ class Result(NamedTuple):
     grad_bias: Tensor | None
 
 
-@dataclass(frozen=True)
-class Plan:
-    """How a call is cut: which tokens, and how many at a time."""
-
-    index: Tensor | None  # positions of the tokens to project; None: all
-    count: int
-    chunk: int
-
-    def chunks(self) -> list[slice]:
-        return [slice(i, min(i + self.chunk, self.count)) for i in range(0, self.count, self.chunk)]
-
-    def positions(self, part: slice, device: torch.device) -> Tensor:
-        return torch.arange(part.start, part.stop, device=device) if self.index is None else self.index[part]
-
-
-def make_plan(
-    student: Side, teacher: Side, mask: Tensor | None, pack: bool, memory_budget: int | None, gemm: Products, rows: Rows
-) -> Plan:
+def plan(
+    student: Head, teacher: Head, mask: Tensor | None, pack: bool, memory_budget: int | None, gemm: Products, rows: Rows
+) -> Chunks:
     """Cut the call so that tiles and scratch fit `memory_budget` bytes.
 
     Raises:
         ValueError: not even one token fits.
     """
-    device, vocabulary = student.input.device, student.weight.shape[0]
-    index = mask.nonzero()[:, 0] if mask is not None and pack else None
-    count = student.input.shape[0] if index is None else index.shape[0]
-    size = gemm.accumulate.itemsize
+    device, vocabulary, size = student.input.device, student.weight.shape[0], gemm.accumulate.itemsize
+    tokens = select_tokens(student.input.shape[0], mask, pack)
     copied = 0 if rows.ROUNDS else gemm.bytes_per_logit(device)
     per_token = rows.row_stride(vocabulary) * (2 * size + copied)
     per_token += 3 * size * (student.input.shape[1] + teacher.input.shape[1])  # a chunk's hidden states and dX
-    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(count, vocabulary, size)
-    if memory_budget is None:
-        memory_budget = max(DEFAULT_MEMORY_BUDGET.get(device.type, DEFAULT_MEMORY_BUDGET["cuda"]), fixed + per_token)
-    if memory_budget < fixed + per_token:
-        raise ValueError(
-            f"memory_budget={memory_budget} bytes holds no token at a vocabulary of {vocabulary}: "
-            f"needs at least {fixed + per_token}"
-        )
-    most = min((memory_budget - fixed) // per_token, max(count, 1))
-    parts = -(-max(count, 1) // most)
-    return Plan(index, count, -(-max(count, 1) // parts))
+    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(tokens[2], vocabulary, size)
+    return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
 
 def linear_divergence(
-    student: Side,
-    teacher: Side,
+    student: Head,
+    teacher: Head,
     target: Tensor | None,
     mask: Tensor | None,
     *,
@@ -189,18 +131,18 @@ def linear_divergence(
     """
     device = student.input.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_matmul(precision):
-        plan = make_plan(student, teacher, mask, pack, memory_budget, gemm, rows)
+        chunks = plan(student, teacher, mask, pack, memory_budget, gemm, rows)
         shard = None
         if vocab_group is not None:
             shape = student.weight.shape
-            shard = Shard.agree(vocab_group, student.input.shape[0], shape[0], plan.chunk, device)
+            shard = Shard.agree(vocab_group, student.input.shape[0], shape[0], chunks.size, device)
             check_target_range(target, mask, shard.vocabulary)
-            plan, rows = replace(plan, chunk=shard.chunk), ShardedRows(rows, shard)
+            chunks, rows = replace(chunks, size=shard.chunk), ShardedRows(rows, shard)
         call = _Call(
-            student, teacher, target, mask, alpha, token_loss, need, gemm, rows, plan, check_elementwise, shard
+            student, teacher, target, mask, alpha, token_loss, need, gemm, rows, chunks, check_elementwise, shard
         )
-        for part in plan.chunks():
-            call.run(part)
+        for place, take, keep in chunks.parts():
+            call.run(place, take, keep)
         return call.result()
 
 
@@ -208,8 +150,8 @@ def linear_divergence(
 class _Call:
     """Buffers and outputs of one call, filled chunk by chunk."""
 
-    student: Side
-    teacher: Side
+    student: Head
+    teacher: Head
     target: Tensor | None
     mask: Tensor | None
     alpha: float | None
@@ -217,7 +159,7 @@ class _Call:
     need: Need
     gemm: Products
     rows: Rows
-    plan: Plan
+    chunks: Chunks
     check_elementwise: bool
     shard: Shard | None
 
@@ -227,7 +169,6 @@ class _Call:
         self.jsd_is = None if alpha is None or self.mixture is not None else DIFFERENTIABLE[int(alpha)]
         if isinstance(self.token_loss, Affine):
             self.token_loss = self._resolve(self.token_loss)
-        self.select = self.mask if self.mask is not None and self.plan.index is None else None
         self.fields = available_fields(self.target is not None, alpha is not None)
         self.stacked = same_tensor(self.student.weight, self.teacher.weight) and same_tensor(
             self.student.bias, self.teacher.bias
@@ -235,7 +176,7 @@ class _Call:
         x, w = self.student.input, self.student.weight
         self.tokens = x.new_zeros(len(FIELDS), x.shape[0], dtype=self.gemm.accumulate)
         self.loss = self.tokens.new_zeros(x.shape[0])
-        self.tiles = self.tokens.new_empty(2 * self.plan.chunk * self.rows.row_stride(w.shape[0]))
+        self.tiles = self.tokens.new_empty(2 * self.chunks.size * self.rows.row_stride(w.shape[0]))
         self.gradient_dtype = self.gemm.gradient_dtype(x.device) if any(self.need) else None
         self.grad_input = x.new_zeros(x.shape) if self.need.input else None
         self.grad_weight = self.tokens.new_zeros(w.shape) if self.need.weight else None
@@ -249,14 +190,9 @@ class _Call:
             weights[self.jsd_is] = jsd + weights[self.jsd_is] if self.jsd_is in weights else jsd
         return loss._replace(weights=weights)
 
-    def run(self, part: slice) -> None:
+    def run(self, place: slice, take: slice | Tensor, keep: Tensor | None) -> None:
         """One chunk: tiles of logits, numbers and dL/dlogits, then the two products."""
-        positions = self.plan.positions(part, self.tokens.device)
-        take = part if self.plan.index is None else positions
-        h_s, h_t = self.student.input[take], self.teacher.input[take]
-        keep = None if self.select is None else self.select[part]
-        if keep is not None:  # whatever a masked token holds must not reach a product, not even times 0
-            h_s, h_t = h_s.masked_fill(~keep[:, None], 0), h_t.masked_fill(~keep[:, None], 0)
+        h_s, h_t = (hidden_states(side.input, take, keep) for side in (self.student, self.teacher))
         student, teacher = self._project(h_s, h_t)
         target = None if self.target is None else self.target[take]
         tokens = self.tokens.new_zeros(len(FIELDS), student.shape[0])
@@ -265,6 +201,7 @@ class _Call:
             affine = self.token_loss or Affine({})
             grad = self._run_affine(affine, student, teacher, target, take, keep, tokens, loss)
         else:
+            positions = torch.arange(place.start, place.stop, device=loss.device) if isinstance(take, slice) else take
             grad = self._run_callable(self.token_loss, student, teacher, target, positions, keep, tokens, loss)
         if self.jsd_is is not None:
             tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]
@@ -348,10 +285,3 @@ class _Call:
             None if self.grad_weight is None else self.grad_weight.to(w.dtype),
             None if self.grad_bias is None or b is None else self.grad_bias.to(b.dtype),
         )
-
-
-def same_tensor(a: Tensor | None, b: Tensor | None) -> bool:
-    """The same memory read the same way (or both None)."""
-    if a is None or b is None:
-        return a is b
-    return (a.data_ptr(), a.shape, a.stride(), a.dtype) == (b.data_ptr(), b.shape, b.stride(), b.dtype)

@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._checks import accumulate_dtype
+from .._chunks import Head, Need
 from .._gemm import Gemm
 from .._head import Transform
 from . import driver
@@ -69,22 +71,18 @@ class Tensors(NamedTuple):
     mask: Tensor | None
 
 
-def accumulate_dtype(operand: torch.dtype) -> torch.dtype:
-    return torch.float64 if operand == torch.float64 else torch.float32
-
-
 def drive(
     t: Tensors,
     o: Options,
     token_loss: driver.Affine | TokenLoss | None,
-    need: driver.Need,
+    need: Need,
     check_elementwise: bool = False,
 ) -> driver.Result:
     """The driver on the schema's arguments."""
     student_transform, teacher_transform = o.transforms()
     return driver.linear_divergence(
-        driver.Side(t.student_input, t.student_weight, t.student_bias, student_transform),
-        driver.Side(t.teacher_input, t.teacher_weight, t.teacher_bias, teacher_transform),
+        Head(t.student_input, t.student_weight, t.student_bias, student_transform),
+        Head(t.teacher_input, t.teacher_weight, t.teacher_bias, teacher_transform),
         t.target,
         t.mask,
         alpha=o.jsd_alpha,
@@ -106,7 +104,7 @@ def _linear_divergence(*args: Any) -> tuple[Tensor, ...]:
     affine = None
     if weights is not None:
         affine = driver.Affine(dict(zip(weighted, weights.unbind(0), strict=True)), old, clip)
-    result = drive(t, Options(*options), affine, driver.Need(*need))
+    result = drive(t, Options(*options), affine, Need(*need))
     absent = t.student_input.new_empty(0)
     return result.loss, result.tokens, *(absent.clone() if g is None else g for g in result[2:])
 
@@ -127,7 +125,7 @@ _library.impl("linear_divergence", _linear_divergence, "CompositeExplicitAutogra
 torch.library.register_fake(f"{NAMESPACE}::linear_divergence", _linear_divergence_fake, lib=_library)
 
 
-def _call(t: Tensors, o: Options, affine: driver.Affine | None, need: driver.Need) -> tuple[Tensor, ...]:
+def _call(t: Tensors, o: Options, affine: driver.Affine | None, need: Need) -> tuple[Tensor, ...]:
     """Through the dispatcher."""
     weights = None if affine is None else torch.stack(list(affine.weights.values())) if affine.weights else None
     names = [] if affine is None else list(affine.weights)
@@ -151,7 +149,7 @@ class LossFunction(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, Tensor]:
         tensors = Tensors(student_input, student_weight, student_bias, *rest)
-        need = driver.Need(*(grad_enabled and n for n in ctx.needs_input_grad[:3]))
+        need = Need(*(grad_enabled and n for n in ctx.needs_input_grad[:3]))
         if isinstance(token_loss, driver.Affine):
             loss, tokens, *made = _call(tensors, options, token_loss, need)
             grads = [g if n else None for g, n in zip(made, need, strict=True)]
@@ -194,7 +192,7 @@ class TokensFunction(torch.autograd.Function):
         grad_enabled: bool,
     ) -> tuple[Tensor, ...]:
         tensors = Tensors(student_input, student_weight, student_bias, *rest)
-        need = driver.Need(*(grad_enabled and n for n in ctx.needs_input_grad[:3]))
+        need = Need(*(grad_enabled and n for n in ctx.needs_input_grad[:3]))
         differentiable = [name for name in outputs if name in DIFFERENTIABLE]
         # One number and a frozen head: dX is linear in the upstream gradient, so keep it for a weight of 1 (3 GEMMs
         # instead of 5).
@@ -203,7 +201,7 @@ class TokensFunction(torch.autograd.Function):
         if ctx.keeps_grad_input:
             ones = student_input.new_ones(student_input.shape[0], dtype=accumulate_dtype(options.operand_dtype))
             affine = driver.Affine({differentiable[0]: ones})
-        _, tokens, grad_input, *_ = _call(tensors, options, affine, need if ctx.keeps_grad_input else driver.Need())
+        _, tokens, grad_input, *_ = _call(tensors, options, affine, need if ctx.keeps_grad_input else Need())
         ctx.save_for_backward(*((grad_input,) if ctx.keeps_grad_input else tensors))
         ctx.options, ctx.outputs, ctx.need = options, outputs, need
         ctx.set_materialize_grads(False)

@@ -6,7 +6,6 @@ student's tile. Letters and formulas are those of the op's README.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -14,19 +13,14 @@ import torch
 from torch import Tensor
 
 from .._head import ABSENT_TARGET, Transform
+from .._rows import blocks, blocks_bytes, to_z_
 from .fields import DIFFERENTIABLE, FIELDS
 from .statistics import PARTIAL, STATE, finish, label_logit, pivot, state_of
 
 ROUNDS = False
-BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 5  # e_s, e_t, gap, product, mixture
 # |log p_s - log p_t| beyond this is as good as infinite to a mixture (e^-80 is 0 next to 1); e^80 is finite in fp32.
 GAP_LIMIT = 80.0
-
-
-def block_rows(vocabulary: int) -> int:
-    """Rows in a block, at least one."""
-    return max(1, BLOCK_ELEMENTS // max(vocabulary, 1))
 
 
 def row_stride(vocabulary: int) -> int:
@@ -36,7 +30,7 @@ def row_stride(vocabulary: int) -> int:
 
 def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
     """Bytes that a call on `count` rows needs beyond the two tiles."""
-    return SCRATCH_BLOCKS * min(block_rows(vocabulary), max(count, 1)) * vocabulary * itemsize
+    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize)
 
 
 def affine_(
@@ -185,12 +179,8 @@ class _Part:
 
 
 def _parts(student: Tensor, teacher: Tensor) -> Iterator[_Part]:
-    count, vocabulary = student.shape
-    step = block_rows(vocabulary)
-    scratch = student.new_empty(SCRATCH_BLOCKS, min(step, count), vocabulary)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        yield _Part(rows, student[rows], teacher[rows], *scratch[:, : rows.stop - start])
+    for rows, scratch in blocks(student, SCRATCH_BLOCKS):
+        yield _Part(rows, student[rows], teacher[rows], *scratch)
 
 
 def _select(weight: Tensor, value: Tensor) -> Tensor:
@@ -206,16 +196,6 @@ def _expectation(part: _Part, e: Tensor, value: Tensor) -> Tensor:
     return part.product.sum(-1, keepdim=True)
 
 
-def _transform_(z: Tensor, transform: Transform) -> None:
-    """Raw logits to z in place; -inf survives (the softcap alone would bend it)."""
-    if transform.softcap is not None:
-        absent = z == -math.inf
-        z.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
-        z.masked_fill_(absent, -math.inf)
-    elif transform.slope != 1.0:
-        z.mul_(transform.slope)
-
-
 def _exponentials(part: _Part) -> None:
     torch.exp(part.z_s, out=part.e_s)
     torch.exp(part.z_t, out=part.e_t)
@@ -224,8 +204,8 @@ def _exponentials(part: _Part) -> None:
 
 def _partial(part: _Part, labels: Tensor | None, transforms: tuple[Transform, Transform]) -> dict[str, Tensor]:
     """Pivot both tiles in place; return every entry of PARTIAL as (R, 1), in its order."""
-    _transform_(part.z_s, transforms[0])
-    _transform_(part.z_t, transforms[1])
+    to_z_(part.z_s, transforms[0])
+    to_z_(part.z_t, transforms[1])
     maxima = part.z_s.amax(-1, keepdim=True), part.z_t.amax(-1, keepdim=True)
     absent = torch.zeros_like(maxima[0])
     at_label = [absent if labels is None else label_logit(z, labels) for z in (part.z_s, part.z_t)]

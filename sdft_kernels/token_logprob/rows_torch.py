@@ -12,20 +12,15 @@ import torch
 from torch import Tensor
 
 from .._head import ABSENT_TARGET, Transform
+from .._rows import blocks, blocks_bytes, to_z_
 from .fields import FIELDS
 
-BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 2  # e, product
-
-
-def block_rows(vocabulary: int) -> int:
-    """Rows in a block, at least one."""
-    return max(1, BLOCK_ELEMENTS // max(vocabulary, 1))
 
 
 def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
     """Bytes that a call on `count` rows needs beyond the tile."""
-    return SCRATCH_BLOCKS * min(block_rows(vocabulary), max(count, 1)) * vocabulary * itemsize
+    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize)
 
 
 def token_logprob_(
@@ -37,12 +32,7 @@ def token_logprob_(
     upstream: Tensor | None,  # (len(names), C) dL/dnumber
 ) -> None:
     """Numbers, and gradient, of a tile in one pass over its blocks."""
-    count, vocabulary = tile.shape
-    step = block_rows(vocabulary)
-    scratch = tile.new_empty(SCRATCH_BLOCKS, min(step, count), vocabulary)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        e, product = scratch[:, : rows.stop - start]
+    for rows, (e, product) in blocks(tile, SCRATCH_BLOCKS):
         _block_(
             tile[rows], e, product, target[rows, None], transform, names, tokens[:, rows],
             None if upstream is None else upstream[:, rows, None],
@@ -59,7 +49,7 @@ def _block_(
     tokens: Tensor,  # (3, R)
     upstream: Tensor | None,  # (len(names), R, 1)
 ) -> None:
-    _transform_(z, transform)
+    to_z_(z, transform)
     top = z.amax(-1, keepdim=True)
     z.sub_(top)
     torch.exp(z, out=e)
@@ -96,16 +86,6 @@ def _block_(
         return
     # dc/du = 1 - (c / cap)^2, and 0 at a logit of -inf
     z.add_(top).mul_(transform.temperature / transform.softcap).square_().neg_().add_(1).clamp_min_(0).mul_(out)
-
-
-def _transform_(z: Tensor, transform: Transform) -> None:
-    """Raw logits to z in place; -inf survives (the softcap alone would bend it)."""
-    if transform.softcap is not None:
-        absent = z == -math.inf
-        z.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
-        z.masked_fill_(absent, -math.inf)
-    elif transform.slope != 1.0:
-        z.mul_(transform.slope)
 
 
 def _expectation(e: Tensor, value: Tensor, product: Tensor, careful: bool) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 from .._checks import same_tensor
 from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, select_tokens
 from .._gemm import exact_matmul
+from .._rows import to_z_
 from . import rows_sparse, rows_support, rows_torch
 from .fields import GIVEN, MAX_LOG_MASS, NUMBERS, PADDING, Restriction
 
@@ -217,8 +218,8 @@ class _Forward:
     ) -> tuple[Tensor, rows_torch.Statistics | None]:
         """z at `ids` (C, K); the sums over the vocabulary if a restriction or an output in `names` uses them."""
         if tile is None:
-            return rows_torch.to_z_(rows_sparse.logits_at(self.gemm, hidden, head, ids), head.transform), None
-        z = rows_torch.to_z_(rows_torch.at(tile, ids), head.transform)
+            return to_z_(rows_sparse.logits_at(self.gemm, hidden, head, ids), head.transform), None
+        z = to_z_(rows_torch.at(tile, ids), head.transform)
         if self.restriction.dense or any(name in self.outputs for name in names):
             return z, rows_torch.statistics_(tile, ids, head.transform)
         return z, None

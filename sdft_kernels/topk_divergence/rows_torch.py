@@ -7,16 +7,15 @@ formulas are those of the op's README.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._head import ABSENT_TARGET, Transform
+from .._rows import blocks, blocks_bytes, to_z_
 from .fields import PADDING
 
-BLOCK_ELEMENTS = 384 * 1024
 SCRATCH_BLOCKS = 1  # e, or the gradient
 
 
@@ -39,14 +38,9 @@ class Statistics(NamedTuple):
         return gap - (entries + rest).log(), -(entries / rest).log1p()
 
 
-def block_rows(vocabulary: int) -> int:
-    """Rows in a block, at least one."""
-    return max(1, BLOCK_ELEMENTS // max(vocabulary, 1))
-
-
 def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
     """Bytes that a call on `count` rows needs beyond the tile."""
-    return SCRATCH_BLOCKS * min(block_rows(vocabulary), max(count, 1)) * vocabulary * itemsize
+    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize)
 
 
 def largest(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -60,21 +54,10 @@ def at(tile: Tensor, ids: Tensor) -> Tensor:
     return tile.gather(1, ids.clamp_min(0))
 
 
-def to_z_(raw: Tensor, transform: Transform) -> Tensor:
-    """Raw logits to z in place; -inf survives (the softcap alone would bend it)."""
-    if transform.softcap is not None:
-        absent = raw == -math.inf
-        raw.mul_(transform.scale / transform.softcap).tanh_().mul_(transform.softcap / transform.temperature)
-        raw.masked_fill_(absent, -math.inf)
-    elif transform.slope != 1.0:
-        raw.mul_(transform.slope)
-    return raw
-
-
 def statistics_(tile: Tensor, ids: Tensor, transform: Transform) -> Statistics:
     """Turn raw logits into z - top, in place, and sum them. `rest` is summed, not 1 - mass: a mass may round to 1."""
     result = Statistics(*(tile.new_empty(tile.shape[0], 1) for _ in Statistics._fields))
-    for rows, e in _blocks(tile):
+    for rows, (e,) in blocks(tile, SCRATCH_BLOCKS):
         z, entries = to_z_(tile[rows], transform), ids[rows]
         torch.amax(z, -1, keepdim=True, out=result.top[rows])
         torch.exp(z.sub_(result.top[rows]), out=e)
@@ -96,7 +79,7 @@ def gradient_(
     transform: Transform,
 ) -> None:
     """dL/dz_v = [v in the support] entries_v - p_v rest, back to the raw logits."""
-    for rows, out in _blocks(tile):
+    for rows, (out,) in blocks(tile, SCRATCH_BLOCKS):
         z = tile[rows]
         torch.exp(z, out=out)
         out.mul_(-rest[rows, None] * transform.slope / statistics.total[rows])
@@ -116,12 +99,3 @@ def target_logprob(tile: Tensor, statistics: Statistics, target: Tensor) -> Tens
     inside = labels.clamp(0, tile.shape[1] - 1)
     value = (tile.gather(1, inside) - statistics.total.log()).masked_fill(labels != inside, math.nan)
     return value.masked_fill(labels == ABSENT_TARGET, 0.0)[:, 0]
-
-
-def _blocks(tile: Tensor) -> Iterator[tuple[slice, Tensor]]:
-    count, vocabulary = tile.shape
-    step = block_rows(vocabulary)
-    scratch = tile.new_empty(min(step, count), vocabulary)
-    for start in range(0, count, step):
-        rows = slice(start, min(start + step, count))
-        yield rows, scratch[: rows.stop - start]
