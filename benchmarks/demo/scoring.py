@@ -13,7 +13,7 @@ import torch
 from tqdm import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from sdft_kernels import linear_divergence
+from sdft_kernels import linear_token_logprob
 from sdft_kernels.distill.rollouts import evaluation_mode, generate_completions, stop_token_ids
 from sdft_kernels.distill.templates import as_messages, encode_completion, encode_prompts, teacher_messages
 from sdft_kernels.models import completion_hidden_states, head_kwargs
@@ -132,13 +132,12 @@ def expert_logprobs(
     model: PreTrainedModel, prompts: Sequence[Sequence[int]], experts: Sequence[Sequence[int]]
 ) -> list[float]:
     """Log-probability (nats) of each expert answer, the sum over its tokens, after its prompt."""
-    heads = head_kwargs(model, side="student") | head_kwargs(model, side="teacher")
-    student_weight, teacher_weight = heads.pop("student_weight"), heads.pop("teacher_weight")
+    head = {name.removeprefix("student_"): value for name, value in head_kwargs(model, side="student").items()}
     with evaluation_mode(model):
         hidden = completion_hidden_states(model, prompts, experts)
     target = torch.tensor([token for expert in experts for token in expert], device=hidden.device)
-    tokens = linear_divergence(hidden, student_weight, hidden, teacher_weight, target, **heads)
-    return [part.sum().item() for part in tokens.student_logprob.split([len(expert) for expert in experts])]
+    tokens = linear_token_logprob(hidden, target=target, outputs=("logprob",), **head)
+    return [part.sum().item() for part in tokens.logprob.split([len(expert) for expert in experts])]
 
 
 def _conversation(task: Row, template: str | None) -> list[dict[str, Any]]:

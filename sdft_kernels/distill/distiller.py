@@ -14,12 +14,12 @@ from sdft_kernels.distill.teacher import EMATeacher, ModelTeacher, Teacher, make
 from sdft_kernels.divergence import (
     AffineTokenLoss,
     TokenDivergence,
-    linear_divergence,
     linear_divergence_loss,
     sdft_token_loss,
 )
 from sdft_kernels.models import HeadSpec, completion_hidden_states, context_length, head_spec, verify_head
 from sdft_kernels.models.hidden import TOKEN_BUDGET
+from sdft_kernels.token_logprob import TokenLogprob, linear_token_logprob
 
 
 class DistillOutput(NamedTuple):
@@ -58,7 +58,7 @@ class SelfDistiller:
         skip_first_tokens: completion tokens left out at the start of every completion (the paper's code: 3).
         importance_clip: upper limit of the per-token ratio exp(student - old_logprobs); None is no ratio.
         sampling_clip: upper limit of exp(old - sampling_logprobs) before its mean over a completion (paper's code: 2).
-        loss: "kl", or "ce": cross-entropy on the completions through the same op, without a teacher pass.
+        loss: "kl", or "ce": cross-entropy on the completions, without a teacher pass.
         token_loss: replaces `alpha`: an `AffineTokenLoss` with float weights, or a callable (tokens, index) -> (C,),
             elementwise over tokens. Multiplied by the token weights above.
         memory_budget: bytes the fused loss may use; None is the op's default.
@@ -148,13 +148,16 @@ class SelfDistiller:
         student_input = completion_hidden_states(
             self.model, flat.student_prompts, flat.completions, token_budget=self.token_budget
         )
-        # Cross-entropy reads only the student's numbers: it stands in as its own teacher, no second pass.
-        teacher_input, teacher_head = taught or (student_input.detach(), head)
-        heads = head.kwargs("student") | teacher_head.kwargs("teacher") | self.op_options
-        inputs = (student_input, head.weight, teacher_input, teacher_head.weight, target)
-        heads.pop("student_weight"), heads.pop("teacher_weight")
-        weight, ratio = self._token_weights(flat, mask, num_completions, inputs, heads)
-        loss, tokens = linear_divergence_loss(*inputs, mask=mask, token_loss=self._token_loss(flat, weight), **heads)
+        weight, ratio = self._token_weights(flat, mask, num_completions, student_input, target, head)
+        if taught is None:
+            loss, tokens = self._cross_entropy(flat, mask, weight, student_input, target, head)
+        else:
+            teacher_input, teacher_head = taught
+            inputs: dict[str, Any] = dict(
+                student_input=student_input, teacher_input=teacher_input, target=target, mask=mask
+            )
+            heads = head.kwargs("student") | teacher_head.kwargs("teacher") | self.op_options
+            loss, tokens = linear_divergence_loss(**inputs, token_loss=self._token_loss(flat, weight), **heads)
         if not len(target):
             loss = loss + self._zero_with_graph()
         metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
@@ -195,7 +198,13 @@ class SelfDistiller:
 
     @torch.no_grad()
     def _token_weights(
-        self, flat: FlatBatch, mask: Tensor, num_completions: int | None, inputs: tuple, options: dict
+        self,
+        flat: FlatBatch,
+        mask: Tensor,
+        num_completions: int | None,
+        student_input: Tensor,
+        target: Tensor,
+        head: HeadSpec,
     ) -> tuple[Tensor, Tensor | None]:
         """((N,) fp32 weights 1 / (length * completions), times the caller's; (N,) truncated sampling ratio or None)."""
         lengths = torch.tensor(flat.lengths, dtype=torch.int64, device=mask.device)
@@ -208,9 +217,7 @@ class SelfDistiller:
             return weight, None
         old = flat.old_logprobs
         if old is None:
-            tokens = linear_divergence(*inputs, outputs=("student_logprob",), **options)
-            assert tokens.student_logprob is not None
-            old_logprob = tokens.student_logprob.float()
+            old_logprob = self._logprob(student_input, target, head, None, ("logprob",)).logprob.float()
         else:
             old_logprob = torch.tensor(old, device=mask.device)
         gap = old_logprob - torch.tensor(flat.sampling_logprobs, device=mask.device)
@@ -219,13 +226,32 @@ class SelfDistiller:
         ratio = per_sequence[sequence]
         return weight * ratio, ratio
 
+    def _logprob(
+        self, hidden: Tensor, target: Tensor, head: HeadSpec, mask: Tensor | None, outputs: tuple[str, ...]
+    ) -> TokenLogprob:
+        options = {name: self.op_options[name] for name in ("temperature", "memory_budget")}
+        impl = self.op_options["impl"] if self.op_options["impl"] in ("reference", "torch") else "auto"
+        return linear_token_logprob(
+            hidden, head.weight, target, mask=mask, bias=head.bias, logit_scale=head.logit_scale, softcap=head.softcap,
+            outputs=outputs, impl=impl, **options,
+        )  # fmt: skip
+
+    def _cross_entropy(
+        self, flat: FlatBatch, mask: Tensor, weight: Tensor, student_input: Tensor, target: Tensor, head: HeadSpec
+    ) -> tuple[Tensor, TokenDivergence]:
+        """Minus the weighted log-probability of the completions: one projection, no teacher."""
+        numbers = self._logprob(student_input, target, head, mask, ("logprob", "entropy"))
+        detached = TokenDivergence(student_logprob=numbers.logprob.detach(), student_entropy=numbers.entropy.detach())
+        importance = self._importance(flat, detached, None)
+        if importance is not None:
+            weight = weight * importance
+        return -(weight.where(mask, 0.0) * numbers.logprob).sum(), detached
+
     def _token_loss(self, flat: FlatBatch, weight: Tensor) -> Any:
         old = None
         if self.importance_clip is not None and flat.old_logprobs is not None:
             old = torch.tensor(flat.old_logprobs, device=weight.device)
         clip = None if old is None else self.importance_clip
-        if self.token_loss is None and self.loss == "ce":
-            return AffineTokenLoss(student_logprob=-weight, old_logprob=old, importance_clip=clip)
         if self.token_loss is None:
             return sdft_token_loss(self.alpha, weight, old, clip)
         if isinstance(self.token_loss, AffineTokenLoss):
