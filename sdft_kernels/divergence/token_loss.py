@@ -76,7 +76,8 @@ class AffineTokenLoss:
         for name, value in self.weights().items():
             if isinstance(value, Tensor) and value.shape not in ((), (count,)):
                 raise ValueError(f"token_loss.{name} must be a float or ({count},), got {tuple(value.shape)}")
-            weight = torch.as_tensor(value, dtype=like.dtype, device=like.device)
+            # A float is filled in on the device: copied from the host it would break a CUDA graph's capture.
+            weight = value.to(like) if isinstance(value, Tensor) else like.new_full((), value)
             result[name] = (weight * scale).expand(count).contiguous()
         return result
 
