@@ -3,6 +3,7 @@
 #
 #   PYTHON=/path/to/python     the Python (>= 3.11) that .venv is made from
 #   TEST_ARGS, DEMO_ARGS, BENCH_ARGS     more arguments for the command that the target runs
+#   TEST_WORKERS=0             the tests one after the other, in one process
 #   SDFT_BUILD_EXT=0           no native parts;  MAX_JOBS=1  one compiler at a time
 #
 # On Linux, pip's default torch is the CUDA build (about 3 GB with its libraries). It works without a GPU too. For the small
@@ -20,6 +21,7 @@ STAMPS := $(VENV)/.stamps
 PIP := $(BIN)/python -m pip
 
 TEST_ARGS ?=
+TEST_WORKERS ?= auto
 DEMO_ARGS ?=
 BENCH_ARGS ?= --suite design
 
@@ -45,7 +47,7 @@ demo: $(STAMPS)/native $(STAMPS)/demo $(STAMPS)/model ## SmolLM2-135M learns too
 	$(BIN)/python -m benchmarks.demo $(DEMO_ARGS)
 
 test: $(STAMPS)/native $(STAMPS)/dev ## the test suite
-	$(BIN)/python -m pytest $(TEST_ARGS)
+	$(BIN)/python -m pytest --numprocesses $(TEST_WORKERS) --dist worksteal $(TEST_ARGS)
 
 lint: $(STAMPS)/dev ## formatting, lint and types, as in .pre-commit-config.yaml
 	$(BIN)/ruff check .

@@ -211,11 +211,11 @@ def read_table(path: Path = TABLE) -> tuple[str, list[dict[str, str]]]:
     return head.removeprefix(SOURCE), list(csv.DictReader(lines))
 
 
-def table(workers: int, modes: Sequence[str] | None) -> list[Compiled]:
-    """Compile everything, or only these modes, with a progress bar."""
+def table(workers: int, modes: Sequence[str] | None, capabilities: Sequence[int]) -> list[Compiled]:
+    """Compile everything, or only these modes and capabilities, with a progress bar."""
     from tqdm import tqdm
 
-    todo = [job for job in jobs() if modes is None or job.mode in modes]
+    todo = [job for job in jobs() if (modes is None or job.mode in modes) and job.capability in capabilities]
     with ThreadPoolExecutor(workers) as pool:
         return list(tqdm(pool.map(compile_job, todo), total=len(todo), unit="kernel", disable=None))
 
@@ -225,11 +225,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=TABLE, help="CSV to write (default: the committed table)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--modes", nargs="+", help="only these modes (default: all)")
+    parser.add_argument("--capabilities", nargs="+", type=int, choices=CAPABILITIES, default=CAPABILITIES)
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("aot: unset TRITON_INTERPRET: interpreted kernels have nothing to compile", file=sys.stderr)
         return 2
-    rows = table(args.workers, args.modes)
+    rows = table(args.workers, args.modes, args.capabilities)
     with args.output.open("w", newline="", encoding="utf-8") as file:
         file.write(f"{SOURCE}{source_hash()}\n")
         writer = csv.DictWriter(file, [f.name for f in fields(Compiled)], lineterminator="\n")
