@@ -54,7 +54,7 @@ class Row:
     tokens: int
     hidden: int
     vocabulary: int
-    chunks: int
+    chunks: int | str  # of tokens; '' where the loss chooses
     device: str
     torch_version: str
     variant_version: str
@@ -182,6 +182,7 @@ class Variant:
     module: str | None = None  # what it imports
     distribution: str = "torch"
     cuda: bool = False
+    chunks: int | None = None  # None: its own choice, or whole
 
     def why_absent(self, device: str) -> str | None:
         """Why it cannot run here, or None."""
@@ -193,10 +194,12 @@ class Variant:
 
 
 VARIANTS = {
-    "sdft": Variant(sdft, "**`linear_divergence_loss`**", distribution="sdft-kernels"),
+    "sdft": Variant(sdft, "**`linear_divergence_loss`**", distribution="sdft-kernels", chunks=CHUNKS),
     "plain": Variant(plain, "PyTorch, bf16 logits"),
     "trl_kernel": Variant(trl_kernel, "TRL `ChunkedDivergenceFunction`", "trl", "trl"),
-    "liger_chunked": Variant(liger_chunked, "Liger `LigerFusedLinearJSDLoss`", "liger_kernel", "liger-kernel"),
+    "liger_chunked": Variant(
+        liger_chunked, "Liger `LigerFusedLinearJSDLoss`", "liger_kernel", "liger-kernel", chunks=CHUNKS
+    ),
     "liger_triton": Variant(liger_triton, "Liger `LigerFusedLinearJSD`", "liger_kernel", "liger-kernel", cuda=True),
     "fla": Variant(fla, "FLA `fused_kl_div_loss`", "fla", "flash-linear-attention", cuda=True),
 }
@@ -224,7 +227,7 @@ def measure_one(name: str, x: DivergenceInputs, exact: dict[str, Tensor], mean_k
         tokens=count,
         hidden=hidden,
         vocabulary=x.student_weight.shape[0],
-        chunks=CHUNKS,
+        chunks="" if variant.chunks is None else variant.chunks,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         torch_version=torch.__version__,
         variant_version=package_version(variant.distribution) or "",
@@ -283,7 +286,8 @@ def read_table(path: Path = TABLE) -> list[Row]:
     numbers = {f.name: int if f.type == "int" else float for f in fields(Row) if f.type in ("int", "float")}
     with path.open(newline="", encoding="utf-8") as file:
         rows = [Row(**{k: numbers.get(k, str)(v) for k, v in line.items()}) for line in csv.DictReader(file)]
-    return [replace(row, kl_error=float(row.kl_error) if row.kl_error else "") for row in rows]
+    kept = [(row, float(row.kl_error) if row.kl_error else "", int(row.chunks) if row.chunks else "") for row in rows]
+    return [replace(row, kl_error=kl_error, chunks=chunks) for row, kl_error, chunks in kept]
 
 
 def percent(value: float | str) -> str:
@@ -320,7 +324,7 @@ def show(rows: Sequence[Row], device: str) -> None:
         for row in rows
     ]
     first = rows[0]
-    title = f"N={first.tokens} H={first.hidden} V={first.vocabulary} bf16, {first.chunks} chunks, {first.device}"
+    title = f"N={first.tokens} H={first.hidden} V={first.vocabulary} bf16, {CHUNKS} chunks, {first.device}"
     print_table(title, columns, body)
     for name, variant in VARIANTS.items():
         why = variant.why_absent(device)

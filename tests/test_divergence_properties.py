@@ -16,6 +16,7 @@ from sdft_kernels.testing import relative_error
 
 # Derandomised: a run tests what the run before it tested, and CI never fails on a draw that nobody changed.
 PROFILE = settings(deadline=None, derandomize=True, database=None)
+pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:RuntimeWarning")  # NumPy's, interpreting -inf
 FEW = settings(PROFILE, max_examples=10, suppress_health_check=[HealthCheck.function_scoped_fixture])
 TRAINED = ("student_input", "student_weight", "student_bias")
 DIVERGENCES = ("kl_teacher_student", "kl_student_teacher", "jsd")
@@ -33,11 +34,17 @@ class Call:
     options: dict[str, Any]
     infinite: tuple[str, ...]  # divergences that -inf on one side makes infinite
     upstream: torch.Tensor  # (5, N)
+    tied: bool  # all logits of the teacher are equal but for their rounding, which decides the agreement
     execution: dict[str, Any] = field(default_factory=dict)
 
     @property
     def count(self):
         return self.tensors["student_input"].shape[0]
+
+    @property
+    def skip(self):
+        """Numbers that another order of operations may change."""
+        return {"top1_agreement"} if self.tied else set()
 
     @property
     def kept(self):
@@ -93,12 +100,13 @@ def calls(draw, dtypes=(torch.float64,), minus_inf=True, vocabulary=70):
     target = torch.randint(least, v, (n,), generator=g) if draw(st.booleans()) else None
     if target is not None and n > 1:
         target[draw(st.integers(0, n - 1))] = -100
+    layouts = {n: draw(st.sampled_from(LAYOUTS)) for n in ("student_input", "teacher_input", "teacher_weight")}
     mask = {"none": None, "some": torch.rand(n, generator=g) < 0.6, "all": torch.zeros(n, dtype=torch.bool)}
     tensors = dict(
-        student_input=lay_out(student_input, draw(st.sampled_from(LAYOUTS))),
+        student_input=lay_out(student_input, layouts["student_input"]),
         student_weight=lay_out(student_weight, draw(st.sampled_from(LAYOUTS[:-1]))),
-        teacher_input=lay_out(teacher_input, draw(st.sampled_from(LAYOUTS))),
-        teacher_weight=lay_out(teacher_weight, draw(st.sampled_from(LAYOUTS))),
+        teacher_input=lay_out(teacher_input, layouts["teacher_input"]),
+        teacher_weight=lay_out(teacher_weight, layouts["teacher_weight"]),
         target=target,
         mask=mask[draw(st.sampled_from(("none", "none", "some", "some", "all")))],
         student_bias=bias["student"],
@@ -112,7 +120,8 @@ def calls(draw, dtypes=(torch.float64,), minus_inf=True, vocabulary=70):
         student_softcap=draw(st.sampled_from((None, 12.0))),
         teacher_softcap=draw(st.sampled_from((None, 20.0))),
     )
-    call = Call(tensors, options, infinite, normal(5, n), dict(pack=draw(st.booleans())))
+    tied = layouts["teacher_weight"] == "expanded"
+    call = Call(tensors, options, infinite, normal(5, n), tied, dict(pack=draw(st.booleans())))
     call = call.to(draw(st.sampled_from(dtypes)))
     tokens_a_chunk = draw(st.sampled_from((None, 1, 3)))
     if tokens_a_chunk is not None:
@@ -209,7 +218,7 @@ def assert_close(actual, truth, dtype, skip=()):
 @settings(PROFILE, max_examples=150)
 @given(call=calls())
 def test_equals_the_reference_in_fp64(call):
-    assert_close(run(call, "torch", **call.execution), run(call, "reference"), torch.float64)
+    assert_close(run(call, "torch", **call.execution), run(call, "reference"), torch.float64, call.skip)
 
 
 @settings(PROFILE, max_examples=60)
@@ -310,7 +319,7 @@ def test_permuted_tokens_permute_the_outputs(call, seed):
     for name, value in expected.items():
         if name not in ("grad_student_weight", "grad_student_bias"):
             expected[name] = value[order]
-    assert_close(actual, expected, torch.float64)
+    assert_close(actual, expected, torch.float64, call.skip)
 
 
 @settings(PROFILE, max_examples=60)
@@ -320,7 +329,7 @@ def test_a_constant_added_to_all_logits_of_one_model_changes_nothing(call, side,
     bias = call.tensors[f"{side}_bias"]
     bias = torch.zeros(call.tensors["student_weight"].shape[0], dtype=torch.float64) if bias is None else bias
     before, after = (run(call.with_tensors(**{f"{side}_bias": b}), "torch") for b in (bias, bias + shift))
-    assert_close(after, before, torch.float64)
+    assert_close(after, before, torch.float64, call.skip)
 
 
 @settings(PROFILE, max_examples=60)
@@ -344,7 +353,7 @@ def test_swapped_models_swap_the_divergences(call, alpha):
         back = linear_divergence(**there.tensors, **there.options, impl="torch")._asdict()
     names = {n: other(n) for n in here} | {DIVERGENCES[0]: DIVERGENCES[1], DIVERGENCES[1]: DIVERGENCES[0]}
     here, back = ({n: v for n, v in d.items() if v is not None} for d in (here, back))
-    assert_close({n: back[names[n]] for n in here}, here, torch.float64)
+    assert_close({n: back[names[n]] for n in here}, here, torch.float64, call.skip)
 
 
 @settings(PROFILE, max_examples=40)
@@ -366,6 +375,8 @@ def test_chunks_and_packing_change_nothing(call, tokens_a_chunk):
         limit = least_budget(call, pack) + (tokens_a_chunk - 1) * bytes_per_token(call)
         actual = run(call, "torch", pack=pack, memory_budget=limit)
         for name, value in whole.items():
+            if name in call.skip:
+                continue
             assert relative_error(actual[name], value) < 1e-10 or (actual[name] - value).norm() < 1e-12, name
 
 
