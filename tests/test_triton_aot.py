@@ -4,6 +4,7 @@ The committed table holds every kernel x mode x shipped configuration x capabili
 made from, and the worst mode of each kernel is compiled again here for sm_90.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -67,7 +68,16 @@ def test_the_worst_modes_compile_to_what_the_table_says(tmp_path):
     """In a process of its own: here kernels are interpreted."""
     output = tmp_path / "table.csv"
     env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-m", "benchmarks.aot", "--modes", "everything", "stats_everything", "--capabilities", "90"]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks.aot",
+        "--modes",
+        "everything",
+        "stats_everything",
+        "--capabilities",
+        "90",
+    ]
     done = subprocess.run([*command, "--output", str(output)], cwd=ROOT, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     compiled, table = aot.read_table(output)[1], aot.read_table()[1]
@@ -79,3 +89,16 @@ def test_negative_control_a_kernel_that_spills_is_seen():
     for change in ({"spill_bytes": 8}, {"wide_loads": 0}, {"narrow_loads": 40}, {"shared_bytes": 2**20}):
         with pytest.raises(AssertionError):
             assert_fits(aot.Compiled(**(row.__dict__ | change)))
+
+
+@pytest.mark.slow
+def test_the_launcher_compiles_once_per_configuration(tmp_path):
+    """The whole way to the launch, for real: no new N and no new V compiles anything."""
+    env = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, str(ROOT / "tests" / "triton_launches.py")]
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said = json.loads(done.stdout)
+    others = {"stats_kernel": 1, "grad_kernel": 1, "partial_kernel": 1, "mixture_kernel": 1}
+    assert said["launched"] == {"affine_kernel": 13} | others
+    assert said["compiled"] == said["lengths"] == 2  # three vocabularies, four N
