@@ -112,6 +112,11 @@ def calls(draw, dtypes=(torch.float64,), minus_inf=True, vocabulary=70):
         student_bias=bias["student"],
         teacher_bias=bias["teacher"],
     )
+    if gap is not None and h == h_t and draw(st.booleans()):  # one head: with one bias too, one stacked product
+        layouts["teacher_weight"] = ""
+        tensors["teacher_weight"] = tensors["student_weight"]
+        if not infinite and draw(st.booleans()):
+            tensors["teacher_bias"] = tensors["student_bias"]
     options = dict(
         temperature=draw(st.sampled_from((0.5, 1.0, 1.7))),
         jsd_alpha=draw(st.sampled_from((None, 0.0, 1e-3, 0.3, 0.5, 0.9, 1.0))),
@@ -219,6 +224,22 @@ def assert_close(actual, truth, dtype, skip=()):
 @given(call=calls())
 def test_equals_the_reference_in_fp64(call):
     assert_close(run(call, "torch", **call.execution), run(call, "reference"), torch.float64, call.skip)
+
+
+@settings(PROFILE, max_examples=60)
+@given(call=calls(), data=st.data())
+def test_one_number_on_a_frozen_head(call, data):
+    """Three GEMMs: the gradient of the hidden states is formed in forward and scaled in backward."""
+    assume(usable(call))
+    name = data.draw(st.sampled_from(usable(call)))
+    found = []
+    for impl, execution in (("reference", {}), ("torch", call.execution)):
+        tensors = {n: v if v is None else v.detach() for n, v in call.tensors.items()}
+        leaf = tensors["student_input"].requires_grad_()
+        tokens = linear_divergence(**tensors, **call.options, **execution, outputs=(name,), impl=impl)
+        (call.upstream[0] * getattr(tokens, name)).sum().backward()
+        found.append({f"grad_{name}": leaf.grad})
+    assert_close(found[1], found[0], torch.float64)
 
 
 @settings(PROFILE, max_examples=60)
