@@ -46,7 +46,7 @@ def draw(kind="near", tokens=61, vocabulary=32_003, hidden=64, dtype=torch.float
 
 
 @pytest.fixture(autouse=True)
-def _exact_references(monkeypatch):
+def _exact_references():
     """The references multiply outside the op, so the switches that the op ignores must be off for them."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
