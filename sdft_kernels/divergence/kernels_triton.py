@@ -199,16 +199,6 @@ def _write_zeros(row, stride, BLOCK: tl.constexpr):
         tl.store(row + column, zero, mask=column < stride)
 
 
-@triton.jit
-def _weight(weight, row, ratio):
-    """The weight of a token times the importance ratio; None where there is none."""
-    if weight is None:
-        result = None
-    else:
-        result = tl.load(weight + row) * ratio
-    return result
-
-
 _VARYING = ["count", "vocabulary"]
 _ANY_ALIGNMENT = ["target", "keep", "w_f", "w_r", "w_j", "w_l", "w_h", "old_logprob", "state"]
 
@@ -239,8 +229,11 @@ def affine_kernel(
             exponent = tl.where(exponent > 20.0, 20.0, tl.where(exponent < -20.0, -20.0, exponent))
             ratio = exp(exponent)
             ratio = tl.where(ratio > clip, clip, ratio)
-        g_f, g_r, g_j = _weight(w_f, row, ratio), _weight(w_r, row, ratio), _weight(w_j, row, ratio)
-        g_l, g_h = _weight(w_l, row, ratio), _weight(w_h, row, ratio)
+        g_f = tl.load(w_f + row) * ratio if w_f is not None else None
+        g_r = tl.load(w_r + row) * ratio if w_r is not None else None
+        g_j = tl.load(w_j + row) * ratio if w_j is not None else None
+        g_l = tl.load(w_l + row) * ratio if w_l is not None else None
+        g_h = tl.load(w_h + row) * ratio if w_h is not None else None
         total = tl.full((), 0.0, student.dtype.element_ty)
         if g_f is not None:
             total += select(g_f, kl_f)
@@ -358,8 +351,11 @@ def grad_kernel(
         sum_s, sum_t = tl.load(state + 2 * count + row), tl.load(state + 3 * count + row)
         kl_r, entropy = tl.load(state + 4 * count + row), tl.load(state + 5 * count + row)
         kl_m = tl.load(state + 6 * count + row)
-        g_f, g_r, g_j = _weight(w_f, row, 1.0), _weight(w_r, row, 1.0), _weight(w_j, row, 1.0)
-        g_l, g_h = _weight(w_l, row, 1.0), _weight(w_h, row, 1.0)
+        g_f = tl.load(w_f + row) if w_f is not None else None
+        g_r = tl.load(w_r + row) if w_r is not None else None
+        g_j = tl.load(w_j + row) if w_j is not None else None
+        g_l = tl.load(w_l + row) if w_l is not None else None
+        g_h = tl.load(w_h + row) if w_h is not None else None
         _write_gradient(
             student + row * stride, teacher + row * stride, gradient, target, row, vocabulary, stride,
             inner_s, outer_s, slope_s, inner_t, outer_t, alpha,
