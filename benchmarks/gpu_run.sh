@@ -3,9 +3,13 @@
 #
 #   benchmarks/gpu_run.sh [--dry-run] RESULTS_DIR
 #
-# The machine needs Python with torch, triton and pytest; no network. Peers that it lacks (trl with datasets and its
-# needs, liger-kernel, flash-linear-attention) are installed from wheels/*.whl in the repository's root, if there are any,
-# into a temporary folder. A stage that fails or takes too long is recorded, and the next one runs.
+# The machine needs Python with torch, triton and pytest; no network. Peers that it lacks are installed from wheels/*.whl in
+# the repository's root, if there are any, into a temporary folder. Where there is a network:
+#
+#   pip download --no-deps --only-binary=:all: --python-version 3.12 -d wheels trl==1.16.0 datasets==5.2.0 dill==0.4.1 \
+#     multiprocess==0.70.19 liger-kernel==0.8.5 flash-linear-attention==0.6.0 fla-core==0.6.0
+#
+# A stage that fails or takes too long is recorded, and the next one runs.
 #
 # RESULTS_DIR receives at most eight files: summary.txt, env.json, gpu_tests.txt, check.txt, sanitizer.txt,
 # loss_CARD.csv, numerics_CARD.csv and log.txt. The summary is also the end of what is printed.
@@ -82,7 +86,10 @@ install_peers() {
   found=("$wheels"/*.whl)
   shopt -u nullglob
   if ((${#found[@]})); then
-    stage wheels 60 "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site" "${found[@]}"
+    # One at a time: a wheel for another Python must not keep the others out.
+    printf '%s\0' "${found[@]}" >"$work/wheels.list"
+    stage wheels 60 xargs --null --max-args=1 --arg-file="$work/wheels.list" \
+      "$python" -m pip install -q --no-index --no-deps --no-compile --target "$work/site"
   else
     record wheels skipped 0 "no wheels in $wheels"
   fi

@@ -155,16 +155,31 @@ def test_summary_of_nothing(tmp_path, capsys):
     assert "tests: no output" in capsys.readouterr().out
 
 
-def make_wheel(folder):
+def test_every_stage_runs_however_many_fail(tmp_path):
+    """A Python that can do nothing but sum up: each failure is recorded, and the exit status says that there were."""
+    broken = tmp_path / "python"
+    broken.write_text(f'#!/bin/sh\n[ "$2" = benchmarks.gpu_summary ] && exec {sys.executable} "$@"\nexit 3\n')
+    broken.chmod(0o755)
+    environment = os.environ | {"PYTHON": str(broken), "WHEELS": str(tmp_path), "TMPDIR": str(tmp_path)}
+    done = bash(str(SCRIPT), "--dry-run", str(tmp_path / "results"), env=environment)
+    verdicts = dict(re.findall(r"^(\w+) +\d+  (.+)$", done.stdout, re.MULTILINE))
+    assert done.returncode == 1 and sorted(verdicts) == sorted(STAGES)
+    failed = {name for name, verdict in verdicts.items() if verdict == "FAILED, status 3"}
+    assert failed >= {"env", "build", "tests", "check", "kernels", "bench_ours", "bench_peers", "bench_torch"}
+    assert "skipped: no wheels in" in verdicts["wheels"]
+    assert {path.name for path in (tmp_path / "results").iterdir()} == {"summary.txt", "log.txt"}
+
+
+def make_wheel(folder, name):
     """The smallest wheel that pip installs."""
-    with zipfile.ZipFile(folder / "probe_peer-1.0-py3-none-any.whl", "w") as wheel:
-        info = "probe_peer-1.0.dist-info"
-        wheel.writestr("probe_peer.py", "")
-        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: probe-peer\nVersion: 1.0\n")
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as wheel:
+        info = f"{name}-1.0.dist-info"
+        wheel.writestr(f"{name}.py", "")
+        wheel.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
         wheel.writestr(
             f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
         )
-        wheel.writestr(f"{info}/RECORD", f"probe_peer.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
+        wheel.writestr(f"{info}/RECORD", f"{name}.py,,\n{info}/METADATA,,\n{info}/WHEEL,,\n{info}/RECORD,,\n")
 
 
 @pytest.mark.slow
@@ -172,7 +187,8 @@ def test_dry_run_passes_every_stage(tmp_path):
     pytest.importorskip("pip")
     results, tools = tmp_path / "results", tmp_path / "tools"
     tools.mkdir()
-    make_wheel(tmp_path)
+    make_wheel(tmp_path, "probe_peer")
+    make_wheel(tmp_path, "another_peer")
     (tools / "compute-sanitizer").write_text(SANITIZER)
     (tools / "compute-sanitizer").chmod(0o755)
     environment = os.environ | {
