@@ -123,7 +123,7 @@ def mixture_sums(
     for part in _parts(student, teacher):
         numbers = {name: state[i, part.rows, None] for i, name in enumerate(STATE)}
         _exponentials(part)
-        part.careful = part.z_s.device.type != "cpu" or bool(part.gap.sum().isnan())
+        part.careful = part.z_s.device.type != "cpu" or not bool(part.gap.sum().isfinite())
         for i, value in enumerate(_mixture_sums(part, numbers, alpha)):
             sums[i, part.rows] = value[:, 0]
     return sums
@@ -145,8 +145,8 @@ def divergence_grad_(
         labels = None if target is None else target[part.rows]
         numbers = {name: state[i, part.rows, None] for i, name in enumerate(STATE)}
         _exponentials(part)
-        # A -inf or NaN logit poisons this sum; see `_statistics`.
-        part.careful = part.z_s.device.type != "cpu" or bool(part.gap.sum().isnan())
+        # A -inf or NaN logit poisons this sum; see `_partial`.
+        part.careful = part.z_s.device.type != "cpu" or not bool(part.gap.sum().isfinite())
         if alpha is not None and "jsd" in upstream:
             _mixture(part, numbers, alpha)
         _gradient_(part, numbers, labels, {k: g[part.rows, None] for k, g in upstream.items()}, transforms[0], alpha)
