@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ._checks import same_tensor
 from ._head import Transform
 
 DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
@@ -21,6 +22,7 @@ class Products(Protocol):
     def scratch_bytes(self, device: torch.device, weight: Tensor) -> int: ...
     def gradient_dtype(self, device: torch.device) -> torch.dtype: ...
     def bytes_per_logit(self, device: torch.device) -> int: ...
+    def prepare(self, weight: Tensor) -> Tensor: ...
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
     def round_gradient(self, grad: Tensor) -> Tensor: ...
     def grad_input(self, grad: Tensor, weight: Tensor, out: Tensor) -> None: ...
@@ -34,6 +36,15 @@ class Head(NamedTuple):
     weight: Tensor
     bias: Tensor | None
     transform: Transform
+
+
+def prepared(gemm: Products, *heads: Head) -> tuple[Head, ...]:
+    """The heads with their weights as the products read them; one tensor stays one tensor."""
+    done: list[tuple[Tensor, Tensor]] = []
+    for head in heads:
+        known = [copy for weight, copy in done if same_tensor(weight, head.weight)]
+        done.append((head.weight, known[0] if known else gemm.prepare(head.weight)))
+    return tuple(head._replace(weight=copy) for head, (_, copy) in zip(heads, done, strict=True))
 
 
 class Need(NamedTuple):

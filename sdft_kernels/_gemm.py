@@ -61,6 +61,15 @@ class Gemm:
         """dL/dlogits in `gradient_dtype`."""
         return grad.to(self.gradient_dtype(grad.device))
 
+    def prepare(self, weight: Tensor) -> Tensor:
+        """A head as the products read it: on CPU as it is, cast slice by slice; elsewhere cast once per call.
+
+        fp32 master weights under autocast would else be cast in every chunk, at 60 % of a product's time (2 ps of
+        traffic beside 3.3 ps of arithmetic an element at 1,300 tokens, by an H100's data sheet). Autocast keeps the
+        same copy.
+        """
+        return weight if weight.device.type == "cpu" else weight.to(self.operand)
+
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, V) = hidden weight^T + bias."""
         if hidden.device.type == "cpu" or self.operand == self.accumulate:

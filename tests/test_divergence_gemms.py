@@ -6,11 +6,10 @@ products that count, under a dispatch mode of its own.
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from counting import LargestTensor, counting_gemm
 
 from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss
 from sdft_kernels._chunks import Need
-from sdft_kernels._gemm import Gemm
 from sdft_kernels.divergence import driver, operators, rows_torch
 from sdft_kernels.testing import make_divergence_inputs
 
@@ -19,45 +18,11 @@ SCRATCH = rows_torch.scratch_bytes(N, V, 4)
 BUDGET = SCRATCH + 32 * (2 * 4 * V + 12 * 2 * H)  # 32 tokens a chunk: N is 16 chunks
 
 
-class CountingGemm(Gemm):
-    """Counts multiply-adds in units of G = N*V*H."""
-
-    done: list[float] = []
-
-    def _count(self, n, weight):
-        self.done.append(n * weight.numel() / (N * V * H))
-
-    def project(self, hidden, weight, bias, out):
-        self._count(hidden.shape[0], weight)
-        super().project(hidden, weight, bias, out)
-
-    def grad_input(self, grad, weight, out):
-        self._count(grad.shape[0], weight)
-        super().grad_input(grad, weight, out)
-
-    def grad_weight(self, grad, hidden, total):
-        self._count(grad.shape[0], total)
-        super().grad_weight(grad, hidden, total)
-
-
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.fixture
 def count(monkeypatch):
-    CountingGemm.done = []
-    monkeypatch.setattr(operators, "Gemm", CountingGemm)
-    return CountingGemm.done
+    gemm = counting_gemm(N, V, H)
+    monkeypatch.setattr(operators, "Gemm", gemm)
+    return gemm.done
 
 
 def arguments(frozen=False):

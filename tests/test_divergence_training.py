@@ -8,6 +8,10 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss, sdft_token_loss
+from sdft_kernels._chunks import Head, Need, prepared
+from sdft_kernels._gemm import Gemm
+from sdft_kernels._head import IDENTITY
+from sdft_kernels.divergence import driver
 from sdft_kernels.testing import make_divergence_inputs, relative_error, run_divergence_loss
 
 MEAN_JSD = sdft_token_loss(alpha=0.3)
@@ -85,6 +89,30 @@ def test_autocast_with_a_grad_scaler(dtype):
     before = layer.weight.detach().clone()
     scaler.step(optimizer)
     assert not layer.weight.equal(before)
+
+
+def test_master_weights_are_cast_once_where_products_take_bf16():
+    """What CUDA does, on CPU: a copy of each head per call, of a shared head one; the gradient keeps fp32."""
+
+    class Casting(Gemm):
+        casts = 0
+
+        def prepare(self, weight):
+            Casting.casts += 1
+            return weight.to(self.operand)
+
+    x = make_divergence_inputs("near", tokens=4, vocabulary=53, hidden=8)
+    gemm = Casting(torch.bfloat16, torch.float32)
+    student, teacher = (Head(x.student_input, w, None, IDENTITY) for w in (x.student_weight, x.teacher_weight))
+    for heads, casts in (((student, teacher), 2), ((student, student._replace(input=x.teacher_input)), 1)):
+        Casting.casts = 0
+        ready = prepared(gemm, *heads)
+        assert Casting.casts == casts and all(head.weight.dtype == torch.bfloat16 for head in ready)
+        assert (ready[0].weight is ready[1].weight) == (casts == 1)
+    affine = driver.Affine({"kl_teacher_student": torch.ones(4)})
+    options = dict(alpha=None, need=Need(True, True), gemm=gemm, rows=driver.rows_of("torch"))
+    result = driver.linear_divergence(student, teacher, None, None, token_loss=affine, **options)
+    assert result.grad_weight.dtype == torch.float32 and result.grad_input.dtype == torch.float32
 
 
 class Model(torch.nn.Module):

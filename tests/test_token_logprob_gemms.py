@@ -2,10 +2,9 @@
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from counting import LargestTensor, counting_gemm
 
 from sdft_kernels._chunks import Need
-from sdft_kernels._gemm import Gemm
 from sdft_kernels.testing import make_divergence_inputs
 from sdft_kernels.token_logprob import driver, linear_token_logprob, operators, rows_torch
 
@@ -14,42 +13,11 @@ SCRATCH = rows_torch.scratch_bytes(N, V, 4)
 BUDGET = SCRATCH + 32 * (4 * V + 12 * H)  # 32 tokens a chunk: N is 16 chunks
 
 
-class CountingGemm(Gemm):
-    """Counts multiply-adds in units of G = N*V*H."""
-
-    done: list[float] = []
-
-    def project(self, hidden, weight, bias, out):
-        self.done.append(hidden.shape[0] * weight.numel() / (N * V * H))
-        super().project(hidden, weight, bias, out)
-
-    def grad_input(self, grad, weight, out):
-        self.done.append(grad.shape[0] * weight.numel() / (N * V * H))
-        super().grad_input(grad, weight, out)
-
-    def grad_weight(self, grad, hidden, total):
-        self.done.append(grad.shape[0] * total.numel() / (N * V * H))
-        super().grad_weight(grad, hidden, total)
-
-
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.fixture
 def count(monkeypatch):
-    CountingGemm.done = []
-    monkeypatch.setattr(operators, "Gemm", CountingGemm)
-    return CountingGemm.done
+    gemm = counting_gemm(N, V, H)
+    monkeypatch.setattr(operators, "Gemm", gemm)
+    return gemm.done
 
 
 def arguments(frozen=False, mask=None):

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_divergence_gemms import CountingGemm, H, N, V
+from counting import counting_gemm
+from test_divergence_gemms import H, N, V
 
 from sdft_kernels import AffineTokenLoss, linear_divergence_loss, sdft_token_loss
 from sdft_kernels.divergence import gallery, operators, rows_torch
@@ -284,16 +285,16 @@ def test_trust_region_keeps_the_direction_of_a_token():
 
 @pytest.mark.parametrize("name", CASES)
 def test_four_gemms(name, monkeypatch):
-    CountingGemm.done = []
-    monkeypatch.setattr(operators, "Gemm", CountingGemm)
+    gemm = counting_gemm(N, V, H)
+    monkeypatch.setattr(operators, "Gemm", gemm)
     x = make_divergence_inputs(tokens=TOKENS, vocabulary=V, hidden=H)
     x = x.replace(target=x.target.clamp(min=0)).tensors()
     for tensor in ("student_input", "student_weight"):
         x[tensor].requires_grad_()
     loss, _ = linear_divergence_loss(**x, token_loss=CASES[name][0], jsd_alpha=0.3, memory_budget=budget(20, V, H, H))
     loss.backward()
-    assert sum(CountingGemm.done) == pytest.approx(4 * TOKENS / N)  # counted in units of N tokens
-    assert len(CountingGemm.done) == 2 * 4  # two chunks
+    assert sum(gemm.done) == pytest.approx(4 * TOKENS / N)  # counted in units of N tokens
+    assert len(gemm.done) == 2 * 4  # two chunks
 
 
 BAD = [

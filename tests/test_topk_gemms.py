@@ -2,11 +2,10 @@
 
 import pytest
 import torch
+from counting import LargestTensor, counting_gemm
 from topk_cases import TAILS, draw, restrict
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sdft_kernels._chunks import Need
-from sdft_kernels._gemm import Gemm
 from sdft_kernels.topk_divergence import driver, linear_topk_divergence, operators, rows_sparse, rows_torch
 
 N, V, H, K = 512, 4099, 16, 4
@@ -14,46 +13,11 @@ SCRATCH = rows_torch.scratch_bytes(N, V, 4) + rows_sparse.SCRATCH_BYTES["cpu"]
 BUDGET = SCRATCH + 32 * (2 * 4 * V + 12 * 2 * H + driver.SUPPORT_COPIES * 8 * 2 * K)  # 32 tokens and more a chunk
 
 
-class CountingGemm(Gemm):
-    """Counts multiply-adds in units of G = N*V*H, on the whole head and on a few of its rows apart."""
-
-    whole: list[float] = []
-    sparse: list[float] = []
-
-    def _count(self, n, weight):
-        (self.whole if weight.shape[0] == V else self.sparse).append(n * weight.numel() / (N * V * H))
-
-    def project(self, hidden, weight, bias, out):
-        self._count(hidden.shape[0], weight)
-        super().project(hidden, weight, bias, out)
-
-    def grad_input(self, grad, weight, out):
-        self._count(grad.shape[0], weight)
-        super().grad_input(grad, weight, out)
-
-    def grad_weight(self, grad, hidden, total):
-        self._count(grad.shape[0], total)
-        super().grad_weight(grad, hidden, total)
-
-
-class LargestTensor(TorchDispatchMode):
-    def __init__(self):
-        super().__init__()
-        self.numel = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(tensor, torch.Tensor):
-                self.numel = max(self.numel, tensor.numel())
-        return out
-
-
 @pytest.fixture
 def count(monkeypatch):
-    CountingGemm.whole, CountingGemm.sparse = [], []
-    monkeypatch.setattr(operators, "Gemm", CountingGemm)
-    return CountingGemm
+    gemm = counting_gemm(N, V, H)
+    monkeypatch.setattr(operators, "Gemm", gemm)
+    return gemm
 
 
 def arguments(support, frozen=False, **options):
@@ -79,13 +43,13 @@ COST = {
 @pytest.mark.parametrize("tail", TAILS)
 def test_gemms(count, support, cost, tail):
     for frozen, grad, dense in ((False, True, cost[1]), (True, True, cost[2]), (False, False, cost[3])):
-        count.whole.clear()
+        count.done.clear()
         count.sparse.clear()
         with torch.set_grad_enabled(grad):
             value = linear_topk_divergence(**arguments(support, frozen, tail=tail)).divergence
         if grad:
             value.sum().backward()
-        assert sum(count.whole) == pytest.approx(cost[0] if tail == "renormalize" else dense), (frozen, grad)
+        assert sum(count.done) == pytest.approx(cost[0] if tail == "renormalize" else dense), (frozen, grad)
         # At most two gathered logits and two gradients, each on the distinct ids of 64 tokens.
         width = 2 * K if support == "union" else K
         assert sum(count.sparse) <= 4 * rows_sparse.TOKENS["cpu"] * width / V
@@ -96,20 +60,20 @@ def test_upstream_gradients_per_token_cost_nothing_more(count):
     value = linear_topk_divergence(**arguments("student")).divergence
     (value * torch.randn(N)).sum().backward(retain_graph=True)
     (value * torch.randn(N)).sum().backward()
-    assert sum(count.whole) == pytest.approx(1)
+    assert sum(count.done) == pytest.approx(1)
 
 
 def test_masses_of_given_ids_cost_a_projection_each_when_asked_for(count):
     for outputs, expected in ((None, 0), (("student_mass",), 1), (("student_mass", "teacher_mass"), 2)):
-        count.whole.clear()
+        count.done.clear()
         linear_topk_divergence(**arguments("given"), outputs=outputs)
-        assert sum(count.whole) == pytest.approx(expected)
+        assert sum(count.done) == pytest.approx(expected)
 
 
 def test_masked_tokens_are_not_projected(count):
     x = arguments("student", tail="bucket")
     linear_topk_divergence(**(x | {"mask": torch.arange(N) % 4 == 0})).divergence.sum().backward()
-    assert sum(count.whole) == pytest.approx(5 / 4)
+    assert sum(count.done) == pytest.approx(5 / 4)
 
 
 def test_a_shared_head_is_read_once(count):
@@ -117,12 +81,12 @@ def test_a_shared_head_is_read_once(count):
     x["teacher_weight"] = x["student_weight"]
     with torch.no_grad():
         linear_topk_divergence(**x)
-    stacked, parts = len(count.whole), sum(count.whole)
+    stacked, parts = len(count.done), sum(count.done)
     assert parts == pytest.approx(2)
-    count.whole.clear()
+    count.done.clear()
     with torch.no_grad():
         linear_topk_divergence(**(x | {"teacher_weight": x["student_weight"].clone()}))
-    assert len(count.whole) == 2 * stacked
+    assert len(count.done) == 2 * stacked
 
 
 def test_negative_control_a_wasteful_product_is_counted(count, monkeypatch):
@@ -134,7 +98,7 @@ def test_negative_control_a_wasteful_product_is_counted(count, monkeypatch):
 
     monkeypatch.setattr(driver._Forward, "_project", twice)
     linear_topk_divergence(**arguments("student")).divergence.sum().backward()
-    assert sum(count.whole) == pytest.approx(2)
+    assert sum(count.done) == pytest.approx(2)
 
 
 @pytest.mark.parametrize("support", COST)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .._checks import check_target_range, same_tensor
-from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, select_tokens
+from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, prepared, select_tokens
 from .._gemm import exact_matmul
 from .._head import Transform
 from .fields import DIFFERENTIABLE, FIELDS, available_fields
@@ -170,10 +170,12 @@ class _Call:
         if isinstance(self.token_loss, Affine):
             self.token_loss = self._resolve(self.token_loss)
         self.fields = available_fields(self.target is not None, alpha is not None)
+        x, w = self.student.input, self.student.weight
+        self.weight_dtype = w.dtype
+        self.student, self.teacher = prepared(self.gemm, self.student, self.teacher)
         self.stacked = same_tensor(self.student.weight, self.teacher.weight) and same_tensor(
             self.student.bias, self.teacher.bias
         )
-        x, w = self.student.input, self.student.weight
         self.tokens = x.new_zeros(len(FIELDS), x.shape[0], dtype=self.gemm.accumulate)
         self.loss = self.tokens.new_zeros(x.shape[0])
         self.tiles = self.tokens.new_empty(2 * self.chunks.size * self.rows.row_stride(w.shape[0]))
@@ -277,11 +279,11 @@ class _Call:
             self.gemm.grad_weight(grad, h_s, self.grad_weight)
 
     def result(self) -> Result:
-        w, b = self.student.weight, self.student.bias
+        b = self.student.bias
         return Result(
             self.loss.sum(dtype=torch.float64).to(self.loss.dtype),  # N numbers: free, and no order of chunks shows
             self.tokens,
             self.grad_input,
-            None if self.grad_weight is None else self.grad_weight.to(w.dtype),
+            None if self.grad_weight is None else self.grad_weight.to(self.weight_dtype),
             None if self.grad_bias is None or b is None else self.grad_bias.to(b.dtype),
         )

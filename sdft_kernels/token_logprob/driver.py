@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, select_tokens
+from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, prepared, select_tokens
 from .._gemm import exact_matmul
 from . import rows_torch
 from .fields import FIELDS
@@ -71,6 +71,8 @@ class _Call:
 
     def __post_init__(self) -> None:
         x, w = self.head.input, self.head.weight
+        self.weight_dtype = w.dtype
+        (self.head,) = prepared(self.gemm, self.head)
         self.tokens = x.new_zeros(len(FIELDS), x.shape[0], dtype=self.gemm.accumulate)
         self.tile = self.tokens.new_empty(self.chunks.size * w.shape[0])
         self.grad_input = x.new_zeros(x.shape) if self.need.input else None
@@ -107,10 +109,10 @@ class _Call:
             self.gemm.grad_weight(grad, hidden, self.grad_weight)
 
     def result(self) -> Result:
-        weight, bias = self.head.weight, self.head.bias
+        bias = self.head.bias
         return Result(
             self.tokens,
             self.grad_input,
-            None if self.grad_weight is None else self.grad_weight.to(weight.dtype),
+            None if self.grad_weight is None else self.grad_weight.to(self.weight_dtype),
             None if self.grad_bias is None or bias is None else self.grad_bias.to(bias.dtype),
         )

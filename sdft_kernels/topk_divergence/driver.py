@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .._checks import same_tensor
-from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, select_tokens
+from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, prepared, select_tokens
 from .._gemm import exact_matmul
 from .._rows import to_z_
 from . import rows_sparse, rows_support, rows_torch
@@ -113,6 +113,10 @@ class _Forward:
     projects: tuple[bool, bool]
 
     def __post_init__(self) -> None:
+        if isinstance(self.teacher, Head):
+            self.student, self.teacher = prepared(self.gemm, self.student, self.teacher)
+        else:
+            (self.student,) = prepared(self.gemm, self.student)
         x, vocabulary, width = self.student.input, self.student.weight.shape[0], self.restriction.width
         self.numbers = x.new_zeros(len(NUMBERS), x.shape[0], dtype=self.gemm.accumulate)
         self.ids = torch.full((x.shape[0], width), PADDING, dtype=torch.int64, device=x.device)
@@ -249,18 +253,17 @@ def linear_topk_divergence_backward(
         grad_input = x.new_zeros(x.shape) if need.input else None
         grad_weight = x.new_zeros(weight.shape, dtype=gemm.accumulate) if need.weight else None
         grad_bias = x.new_zeros(weight.shape[0], dtype=gemm.accumulate) if need.bias else None
+        ((_, read, *_),) = prepared(gemm, student)
         buffer = entries.new_empty(dense * chunks.size * weight.shape[0])
         for _, take, keep in chunks.parts():
             hidden, at = hidden_states(x, take, keep), ids[take]
             if not dense:
-                out = rows_sparse.gradients_(
-                    gemm, at, entries[take], hidden, weight, grad_weight, grad_bias, need.input
-                )
+                out = rows_sparse.gradients_(gemm, at, entries[take], hidden, read, grad_weight, grad_bias, need.input)
                 if grad_input is not None:
                     grad_input[take] = out.to(x.dtype)
                 continue
             tile = buffer[: hidden.shape[0] * weight.shape[0]].view(hidden.shape[0], -1)
-            gemm.project(hidden, weight, bias, tile)
+            gemm.project(hidden, read, bias, tile)
             statistics = rows_torch.statistics_(tile, at, transform)
             rows_torch.gradient_(tile, statistics, at, entries[take], rest[take], transform)
             if keep is not None:
@@ -270,7 +273,7 @@ def linear_topk_divergence_backward(
             grad = gemm.round_gradient(tile)
             if grad_input is not None:
                 out = torch.empty_like(hidden)
-                gemm.grad_input(grad, weight, out)
+                gemm.grad_input(grad, read, out)
                 grad_input[take] = out
             if grad_weight is not None:
                 gemm.grad_weight(grad, hidden, grad_weight)
