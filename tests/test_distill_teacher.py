@@ -5,6 +5,8 @@ import copy
 import pytest
 import torch
 
+from sdft_kernels._native import ema_update_
+
 pytest.importorskip("transformers")
 
 import distill_tiny as tiny  # noqa: E402
@@ -242,3 +244,18 @@ def test_what_a_teacher_may_be():
         make_teacher(model, "ema", ema_rate=0.0)
     with pytest.raises(ValueError, match="requires grad"):
         make_teacher(tiny.model().requires_grad_(False), "frozen")
+
+
+def test_why_the_ema_state_is_fp32():
+    """A student 1 % away, 250 updates at rate 0.01: fp32 closes 1 - 0.99^250 = 92 % of the gap, plain bf16 2 %."""
+    start = 0.02 * torch.randn(100_000)
+    student = (start + 0.01 * 0.02 * torch.randn(100_000)).bfloat16()
+    gap = student.float() - start.bfloat16().float()
+    closed = []
+    for dtype in (torch.float32, torch.bfloat16):
+        state = start.bfloat16().to(dtype)
+        for _ in range(250):
+            state = ema_update_(state, student, 0.01) if dtype == torch.float32 else state.lerp(student, 0.01)
+        closed.append(((state.float() - start.bfloat16().float()) @ gap / (gap @ gap)).item())
+    assert closed[0] == pytest.approx(1 - 0.99**250, abs=1e-3)
+    assert 0.01 < closed[1] < 0.04
