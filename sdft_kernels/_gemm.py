@@ -88,7 +88,8 @@ class Gemm:
                 total.addmm_(grad[:, rows], part)
             out.copy_(total)
         else:
-            out.copy_(torch.mm(grad, weight.to(self.operand)))
+            # fp32 out, rounded once: a bf16 result may be summed from bf16 parts of the vocabulary (split-K).
+            out.copy_(torch.mm(grad, weight.to(self.operand), out_dtype=self.accumulate))
 
     def grad_weight(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
         """total (V, H) += grad^T hidden."""

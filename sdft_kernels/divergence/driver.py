@@ -23,7 +23,7 @@ class Rows(Protocol):
     ROUNDS: bool  # writes the gradient in the next product's dtype itself, without a copy
 
     def row_stride(self, vocabulary: int) -> int: ...
-    def scratch_bytes(self, count: int, vocabulary: int, itemsize: int) -> int: ...
+    def scratch_bytes(self, count: int, vocabulary: int, itemsize: int, device_type: str) -> int: ...
     def affine_(
         self,
         student: Tensor,
@@ -103,7 +103,7 @@ def plan(
     copied = 0 if rows.ROUNDS else gemm.bytes_per_logit(device)
     per_token = rows.row_stride(vocabulary) * (2 * size + copied)
     per_token += 3 * size * (student.input.shape[1] + teacher.input.shape[1])  # a chunk's hidden states and dX
-    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(tokens[2], vocabulary, size)
+    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(tokens[2], vocabulary, size, device.type)
     return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
 

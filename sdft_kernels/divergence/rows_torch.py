@@ -28,9 +28,9 @@ def row_stride(vocabulary: int) -> int:
     return vocabulary
 
 
-def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
+def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cpu") -> int:
     """Bytes that a call on `count` rows needs beyond the two tiles."""
-    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize)
+    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize, device_type)
 
 
 def affine_(

@@ -64,7 +64,7 @@ def row_stride(vocabulary: int) -> int:
     return -(-vocabulary // ALIGNMENT) * ALIGNMENT
 
 
-def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
+def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cuda") -> int:
     """Bytes that a call on `count` rows needs beyond the two tiles: none."""
     return 0
 

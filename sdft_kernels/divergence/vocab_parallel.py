@@ -82,8 +82,8 @@ class ShardedRows:
     def row_stride(self, vocabulary: int) -> int:
         return int(self.rows.row_stride(vocabulary))
 
-    def scratch_bytes(self, count: int, vocabulary: int, itemsize: int) -> int:
-        return int(self.rows.scratch_bytes(count, vocabulary, itemsize))
+    def scratch_bytes(self, count: int, vocabulary: int, itemsize: int, device_type: str) -> int:
+        return int(self.rows.scratch_bytes(count, vocabulary, itemsize, device_type))
 
     def affine_(
         self,

@@ -30,7 +30,7 @@ def plan(head: Head, mask: Tensor | None, pack: bool, memory_budget: int | None,
     device, (vocabulary, hidden), size = head.input.device, head.weight.shape, gemm.accumulate.itemsize
     tokens = select_tokens(head.input.shape[0], mask, pack)
     per_token = vocabulary * (size + gemm.bytes_per_logit(device)) + 3 * size * hidden  # hidden states, dX, its sum
-    fixed = gemm.scratch_bytes(device, head.weight) + rows_torch.scratch_bytes(tokens[2], vocabulary, size)
+    fixed = gemm.scratch_bytes(device, head.weight) + rows_torch.scratch_bytes(tokens[2], vocabulary, size, device.type)
     return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
 

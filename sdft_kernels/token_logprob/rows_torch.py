@@ -18,9 +18,9 @@ from .fields import FIELDS
 SCRATCH_BLOCKS = 2  # e, product
 
 
-def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
+def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cpu") -> int:
     """Bytes that a call on `count` rows needs beyond the tile."""
-    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize)
+    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize, device_type)
 
 
 def token_logprob_(

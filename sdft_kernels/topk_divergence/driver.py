@@ -64,7 +64,7 @@ def plan(
     per_token = vocabulary * (tiles * size + gradient * gemm.bytes_per_logit(device))
     per_token += 3 * size * (hidden + teacher_hidden) + 8 * SUPPORT_COPIES * width
     fixed = gemm.scratch_bytes(device, student.weight) + rows_sparse.scratch_bytes(device)
-    fixed += rows_torch.scratch_bytes(tokens[2], vocabulary, size) if tiles else 0
+    fixed += rows_torch.scratch_bytes(tokens[2], vocabulary, size, device.type) if tiles else 0
     return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
 

@@ -38,9 +38,9 @@ class Statistics(NamedTuple):
         return gap - (entries + rest).log(), -(entries / rest).log1p()
 
 
-def scratch_bytes(count: int, vocabulary: int, itemsize: int) -> int:
+def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cpu") -> int:
     """Bytes that a call on `count` rows needs beyond the tile."""
-    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize)
+    return blocks_bytes(SCRATCH_BLOCKS, count, vocabulary, itemsize, device_type)
 
 
 def largest(tile: Tensor, k: int) -> tuple[Tensor, Tensor]:
