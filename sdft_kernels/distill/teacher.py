@@ -182,7 +182,8 @@ class EMATeacher(SwapTeacher):
     """An exponential moving average of the trained parameters: state += rate * (student - state), in fp32.
 
     In plain bf16 at rate 0.01 most updates round away: of a gap of 1 % to the student's weights 250 updates close 2 %
-    instead of 92 % (`tests/test_distill_teacher.py`). So the state is fp32 whatever the model's dtype; a 16-bit model gets a 16-bit copy of it for the teacher's pass.
+    instead of 92 % (`tests/test_distill_teacher.py`). So the state is fp32 whatever the model's dtype; a 16-bit model
+    gets a 16-bit copy of it for the teacher's pass.
     """
 
     kind = "ema"
