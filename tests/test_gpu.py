@@ -33,6 +33,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_GRADIENT_ERROR = 0.004  # design bar; eager bf16 logits are at 5 to 200 %
 KL_ERROR = 0.01  # design bar at a KL of 1e-4; "near" is there
 MIB = 2**20
+# Several chunks of 61 tokens at 32,003: two tiles, and for the PyTorch rows 39 MiB of scratch and a rounded copy.
+SMALL_BUDGET = {"triton": 8 * MIB, "torch": 48 * MIB}
 
 
 @functools.lru_cache(maxsize=4)
@@ -181,7 +183,7 @@ def test_loss_and_gradients(loss, vocabulary, dtype, impl):
     eager = eager_numbers(x)
     if dtype == "fp32":
         eager |= run_divergence_loss(x, "reference", LOSSES[loss])
-    for options in ({}, {"pack": False}, {"memory_budget": 24 * MIB}):
+    for options in ({}, {"pack": False}, {"memory_budget": SMALL_BUDGET[impl]}):
         actual = run_divergence_loss(x, impl, LOSSES[loss], **options)
         assert actual.keys() == truth.keys()
         assert relative_error(actual.pop("loss"), truth["loss"]) < KL_ERROR
@@ -194,7 +196,7 @@ def test_gradient_over_many_chunks_of_bf16(impl):
     """The design's bar, at a real vocabulary: N = 2048 in 8 chunks and more, teacher next to student."""
     x = draw("nearer", tokens=2048, vocabulary=32_003, dtype=torch.bfloat16)
     truth = run_divergence_loss(x.to(torch.float64), "reference")
-    actual = run_divergence_loss(x, impl, memory_budget=64 * MIB)
+    actual = run_divergence_loss(x, impl, memory_budget={"triton": 64, "torch": 120}[impl] * MIB)
     for name in ("grad_student_input", "grad_student_weight"):
         assert relative_error(actual[name], truth[name]) < BF16_GRADIENT_ERROR, name
 
@@ -204,7 +206,7 @@ def test_gradient_over_many_chunks_of_bf16(impl):
 def test_same_bits_twice(dtype, impl):
     x = draw(tokens=300, dtype=DTYPES[dtype], mask=True)
     for loss in LOSSES.values():
-        one, two = (run_divergence_loss(x, impl, loss, memory_budget=32 * MIB) for _ in range(2))
+        one, two = (run_divergence_loss(x, impl, loss, memory_budget=SMALL_BUDGET[impl]) for _ in range(2))
         for name, value in one.items():
             assert torch.equal(value, two[name]), name
 
