@@ -62,7 +62,7 @@ LAYERS = (
     Layer("{op}.driver", ("{op}.vocab_parallel", *BASE, *TERMS, "{op}.rows_*", *OTHER_OPS), eager=TORCH),
     Layer("{op}.operators", (*BASE, *TERMS, "{op}.driver"), eager=TORCH),
     Layer("{op}.api", (*BASE, *TERMS, "{op}.reference", "{op}.driver", "{op}.operators", *OTHER_OPS), eager=TORCH),
-    Layer("{op}.__init__", ("{op}.api", "{op}.gallery", *TERMS)),
+    Layer("{op}.__init__", ("{op}.api", *TERMS)),
     Layer("testing.*", (*BASE, *ALL_OPS, "{any}.*", "testing", "testing.*"), eager=TORCH),
     Layer("models.*", (*BASE, *ALL_OPS, "models", "models.*"), eager=TORCH, lazy=MODEL_STACK),
     Layer("distill.*", (*BASE, *ALL_OPS, "models", "models.*", "distill", "distill.*"), eager=TORCH | MODEL_STACK),

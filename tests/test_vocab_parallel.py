@@ -99,6 +99,8 @@ def test_equals_the_whole_vocabulary(world_size, tmp_path):
     for rank in ranks:
         assert "every rank must pass the same tokens, got [11, " in rank["other tokens"]
         assert "in [0, 203)" in rank["target out of range"]
+    assert "needs at least" in ranks[0]["no room on rank 0"]
+    assert all("no token of the shard of ranks [0]" in rank["no room on rank 0"] for rank in ranks[1:])
 
 
 def rank_main(folder):
@@ -112,6 +114,7 @@ def rank_main(folder):
     for name, change in (
         ("other tokens", {k: a[k][: TOKENS - rank] for k in ("student_input", "teacher_input", "target", "mask")}),
         ("target out of range", {"target": torch.full_like(x.target, 203)}),
+        ("no room on rank 0", {"memory_budget": 1 if rank == 0 else None}),
     ):
         with pytest.raises(ValueError) as raised:
             linear_divergence_loss(**(a | change), vocab_group=group)

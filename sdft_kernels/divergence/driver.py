@@ -131,11 +131,15 @@ def linear_divergence(
     """
     device = student.input.device
     with torch.no_grad(), torch.autocast(device.type, enabled=False), exact_matmul(precision):
-        chunks = plan(student, teacher, mask, pack, memory_budget, gemm, rows)
-        shard = None
+        shape, shard = (student.input.shape[0], student.weight.shape[0]), None
+        try:
+            chunks = plan(student, teacher, mask, pack, memory_budget, gemm, rows)
+        except ValueError:
+            if vocab_group is not None:  # the other ranks must not wait for this one
+                Shard.agree(vocab_group, *shape, 0, device)
+            raise
         if vocab_group is not None:
-            shape = student.weight.shape
-            shard = Shard.agree(vocab_group, student.input.shape[0], shape[0], chunks.size, device)
+            shard = Shard.agree(vocab_group, *shape, chunks.size, device)
             check_target_range(target, mask, shard.vocabulary)
             chunks, rows = replace(chunks, size=shard.chunk), ShardedRows(rows, shard)
         call = _Call(

@@ -41,7 +41,7 @@ class Shard:
         """Exchange sizes (one host synchronisation).
 
         Raises:
-            ValueError: the ranks do not have the same number of tokens.
+            ValueError: the ranks have different numbers of tokens, or another has no room for one (`chunk` 0).
         """
         group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
         sizes = torch.tensor([count, rows, chunk], device=device)
@@ -50,6 +50,9 @@ class Shard:
         counts, all_rows, chunks = torch.stack(every).t().tolist()
         if len(set(counts)) > 1:
             raise ValueError(f"vocab_group: every rank must pass the same tokens, got {counts} of them by rank")
+        if chunk > 0 and min(chunks) == 0:
+            without = [rank for rank, size in enumerate(chunks) if size == 0]
+            raise ValueError(f"vocab_group: memory_budget holds no token of the shard of ranks {without}")
         before = all_rows[: dist.get_rank(group)]
         return Shard(group, sum(before), sum(all_rows), min(chunks))
 

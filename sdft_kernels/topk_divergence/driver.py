@@ -253,7 +253,7 @@ def linear_topk_divergence_backward(
         grad_input = x.new_zeros(x.shape) if need.input else None
         grad_weight = x.new_zeros(weight.shape, dtype=gemm.accumulate) if need.weight else None
         grad_bias = x.new_zeros(weight.shape[0], dtype=gemm.accumulate) if need.bias else None
-        ((_, read, *_),) = prepared(gemm, student)
+        read = prepared(gemm, student)[0].weight
         buffer = entries.new_empty(dense * chunks.size * weight.shape[0])
         for _, take, keep in chunks.parts():
             hidden, at = hidden_states(x, take, keep), ids[take]
