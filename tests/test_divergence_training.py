@@ -155,6 +155,7 @@ def ddp_rank(path):
     wrapped(x.student_input[part], x.teacher_input[part], x.teacher_weight).backward()
     if torch.distributed.get_rank() == 0:
         torch.save([p.grad for p in model.parameters()], path)
+    del wrapped  # the group must not die with it: it would join, under the GIL, a thread that waits for the GIL
     torch.distributed.destroy_process_group()
 
 
