@@ -1,4 +1,13 @@
 // Schemas of the compiled operators. A fragment: the operators written in Python live in the same namespace.
 #include <torch/csrc/stable/library.h>
 
-STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) { m.def("ema_update_(Tensor(a!) ema, Tensor param, float rate) -> ()"); }
+STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
+  m.def("ema_update_(Tensor(a!) ema, Tensor param, float rate) -> ()");
+  // Stages: affine | stats | gradient | partial | mixture, each with the arguments that it reads and writes (all
+  // written ones in place). A softcap of none has an inner factor of 0.
+  m.def(
+      "divergence_rows_(str stage, Tensor(a!) student, Tensor teacher, Tensor? target, Tensor? keep, Tensor? weights, "
+      "Tensor? old_logprob, float importance_clip, float inner_s, float outer_s, float inner_t, float outer_t, "
+      "float slope, float? alpha, Tensor(b!)? tokens, Tensor(c!)? loss, Tensor(d!)? state, Tensor(e!)? partial, "
+      "Tensor(f!)? sums, Tensor(g!)? gradient) -> ()");
+}

@@ -18,6 +18,8 @@ constexpr int LANES = LANE_BYTES / static_cast<int>(sizeof(float));
 
 using vfloat = float __attribute__((vector_size(LANE_BYTES)));
 using vint = int32_t __attribute__((vector_size(LANE_BYTES)));  // comparisons of vfloat give this: -1 or 0
+using vuint = uint32_t __attribute__((vector_size(LANE_BYTES)));
+using vbf16 = uint16_t __attribute__((vector_size(LANE_BYTES / 2)));
 
 static inline vfloat load(const float* from) {
   vfloat value;
@@ -26,6 +28,15 @@ static inline vfloat load(const float* from) {
 }
 
 static inline void store(float* to, vfloat value) { std::memcpy(to, &value, sizeof(value)); }
+
+// The same bits as another vector type.
+template <typename To, typename From>
+static inline To bits_as(From from) {
+  To to;
+  static_assert(sizeof(to) == sizeof(from));
+  std::memcpy(&to, &from, sizeof(to));
+  return to;
+}
 
 static inline vfloat broadcast(float value) { return vfloat{} + value; }
 

@@ -1,0 +1,55 @@
+#pragma once
+
+#include <cstdint>
+
+#include "isa.h"
+
+// What the divergence's row kernels of the CPU read and write: raw pointers into (count, vocabulary) tiles of logits
+// and (fields, count) tables. Plain data, so that every instruction set's build shares it.
+namespace sdft {
+
+// One model's tile and its way from raw logits to z (`ToZ` of divergence_math.h).
+template <typename real>
+struct DivergenceSide {
+  const real* logits;
+  int64_t stride;
+  bool capped;
+  double inner, outer;
+};
+
+enum class GradientKind { none, same, bf16 };  // `same`: the tile's type
+
+template <typename real>
+struct DivergenceTask {
+  DivergenceSide<real> student, teacher;
+  int64_t count, vocabulary;
+  double slope;    // dz/da of the student where no softcap bends it
+  bool has_alpha;  // the JSD is asked for
+  double alpha;
+  const int64_t* target;    // (count), or null
+  const uint8_t* keep;      // (count), or null; a row that is not kept is never read, and its gradient is 0
+  const real* weights;      // (5, count) of `fields.DIFFERENTIABLE`
+  const real* old_logprob;  // (count), or null
+  double importance_clip;
+  real* tokens;   // (8, count) of `fields.FIELDS`
+  real* loss;     // (count)
+  real* state;    // (7, count) of `statistics.STATE`
+  real* partial;  // (11, count) of `statistics.PARTIAL`
+  real* sums;     // (2, count): KL(p_s || m) and KL(p_t || m) of a part of the vocabulary
+  GradientKind gradient_kind;
+  void* gradient;  // over the student's tile: row r at r * gradient_stride elements of its own type
+  int64_t gradient_stride;
+};
+
+}  // namespace sdft
+
+#define SDFT_DECLARE_DIVERGENCE(real)                                                            \
+  SDFT_DECLARE(void affine_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))   \
+  SDFT_DECLARE(void stats_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))    \
+  SDFT_DECLARE(void gradient_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end)) \
+  SDFT_DECLARE(void partial_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))  \
+  SDFT_DECLARE(void mixture_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))
+
+SDFT_DECLARE_DIVERGENCE(float)
+SDFT_DECLARE_DIVERGENCE(double)
+#undef SDFT_DECLARE_DIVERGENCE

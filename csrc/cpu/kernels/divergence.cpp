@@ -1,0 +1,383 @@
+#include "divergence.h"
+
+#include "lanes_math.h"
+
+// A row at a time: statistics block by block about the running maxima, the closed forms, then the gradient written over
+// the student's logits. A row of both models is read twice, the second time from the cache.
+namespace sdft::SDFT_ISA {
+namespace {
+
+// Lanes of a tile's type. fp64 goes one entry at a time: it is there for exactness, not for speed.
+template <typename real>
+struct Lane;
+
+template <>
+struct Lane<float> {
+  using type = vfloat;
+  static constexpr int64_t count = LANES;
+};
+
+template <>
+struct Lane<double> {
+  using type = double;
+  static constexpr int64_t count = 1;
+};
+
+template <typename real>
+using lane_t = typename Lane<real>::type;
+
+// Entries whose maxima are taken before their sums: 32 KiB of both models, which stay in the first cache.
+constexpr int64_t BLOCK = 4096;
+
+static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
+
+// Lanes at `from`; those beyond `left` are -inf, which contributes nothing to any sum.
+template <typename real>
+static inline lane_t<real> load_logits(const real* from, int64_t left) {
+  lane_t<real> value;
+  if (left >= Lane<real>::count) {
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+  value = lane_t<real>{} + real(-INFINITY);
+  std::memcpy(&value, from, static_cast<size_t>(left) * sizeof(real));
+  return value;
+}
+
+static inline double total(double value) { return value; }
+
+static inline double total(vfloat value) {
+  double sum = 0.0;
+  for (int i = 0; i < LANES; ++i) {
+    sum += static_cast<double>(value[i]);
+  }
+  return sum;
+}
+
+static inline double largest(double value) { return value; }
+
+static inline double largest(vfloat value) {
+  float most = value[0];
+  for (int i = 1; i < LANES; ++i) {
+    most = value[i] > most ? value[i] : most;
+  }
+  return static_cast<double>(most);
+}
+
+template <typename real>
+struct Row {
+  const real *student, *teacher;
+  int64_t vocabulary;
+  ToZ<real> to_s, to_t;
+
+  Row(const DivergenceTask<real>& task, int64_t row)
+      : student(task.student.logits + row * task.student.stride),
+        teacher(task.teacher.logits + row * task.teacher.stride),
+        vocabulary(task.vocabulary),
+        to_s{task.student.capped, real(task.student.inner), real(task.student.outer)},
+        to_t{task.teacher.capped, real(task.teacher.inner), real(task.teacher.outer)} {}
+
+  // Calls visit(z_s, z_t) for the lanes of entries [begin, end).
+  template <typename Visit>
+  void each(int64_t begin, int64_t end, Visit visit) const {
+    for (int64_t v = begin; v < end; v += Lane<real>::count) {
+      visit(to_s(load_logits(student + v, end - v)), to_t(load_logits(teacher + v, end - v)));
+    }
+  }
+};
+
+template <typename real>
+Statistics<double> statistics(const Row<real>& row) {
+  using T = lane_t<real>;
+  Statistics<double> all;
+  for (int64_t begin = 0; begin < row.vocabulary; begin += BLOCK) {
+    const int64_t end = smaller(begin + BLOCK, row.vocabulary);
+    T max_s = T{} + real(-INFINITY), max_t = max_s;
+    row.each(begin, end, [&](T z_s, T z_t) {
+      max_s = Math<T>::where(z_s > max_s, z_s, max_s);
+      max_t = Math<T>::where(z_t > max_t, z_t, max_t);
+    });
+    const double block_s = largest(max_s), block_t = largest(max_t);
+    all.rescale(block_s > all.max_s ? block_s : all.max_s, block_t > all.max_t ? block_t : all.max_t);
+    const real pivot_s = real(pivot(all.max_s)), pivot_t = real(pivot(all.max_t));
+    Sums<T> sums;
+    row.each(begin, end, [&](T z_s, T z_t) { sums.add(z_s - pivot_s, z_t - pivot_t); });
+    all.sums.sum_s += total(sums.sum_s);
+    all.sums.sum_t += total(sums.sum_t);
+    all.sums.first_s += total(sums.first_s);
+    all.sums.first_t += total(sums.first_t);
+    all.sums.gap_s += total(sums.gap_s);
+    all.sums.gap_t += total(sums.gap_t);
+    all.sums.joint += total(sums.joint);
+  }
+  return all;
+}
+
+template <typename real>
+void mixture_sums(const Row<real>& row, const Numbers<double>& n, double alpha, double& student, double& teacher) {
+  using T = lane_t<real>;
+  const real pivot_s = real(n.pivot_s), pivot_t = real(n.pivot_t), shift = real(n.log_ratio);
+  student = teacher = 0.0;
+  for (int64_t begin = 0; begin < row.vocabulary; begin += BLOCK) {
+    MixtureSums<T> sums;
+    row.each(begin, smaller(begin + BLOCK, row.vocabulary),
+             [&](T z_s, T z_t) { sums.add(z_s - pivot_s, z_t - pivot_t, shift, real(alpha)); });
+    student += total(sums.student);
+    teacher += total(sums.teacher);
+  }
+}
+
+// z at `label`; 0 where it is not within the row: absent, or in another part of the vocabulary.
+template <typename real>
+double label_logit(const real* logits, const ToZ<real>& to_z, int64_t label, int64_t vocabulary) {
+  if (label < 0 || label >= vocabulary) {
+    return 0.0;
+  }
+  const ToZ<double> exactly{to_z.capped, double(to_z.inner), double(to_z.outer)};
+  return to_z.capped ? exactly(double(logits[label])) : double(real(logits[label] * to_z.outer));
+}
+
+constexpr int64_t ABSENT_TARGET = -100;  // _head.ABSENT_TARGET
+
+double logprob(double label_z, int64_t label, int64_t vocabulary, double pivot, double sum) {
+  if (label == ABSENT_TARGET) {
+    return 0.0;
+  }
+  return label < 0 || label >= vocabulary ? double(NAN) : label_z - pivot - Math<double>::log1p(sum - 1.0);
+}
+
+template <typename real>
+Numbers<double> numbers_of(const DivergenceTask<real>& task, const Row<real>& row, int64_t index) {
+  Numbers<double> n = finish(statistics(row));
+  if (task.target != nullptr) {
+    const int64_t label = task.target[index], vocabulary = row.vocabulary;
+    const double z_s = label_logit(row.student, row.to_s, label, vocabulary);
+    const double z_t = label_logit(row.teacher, row.to_t, label, vocabulary);
+    n.student_logprob = logprob(z_s, label, vocabulary, n.pivot_s, n.sum_s);
+    n.teacher_logprob = logprob(z_t, label, vocabulary, n.pivot_t, n.sum_t);
+  }
+  if (task.has_alpha) {
+    double student, teacher;
+    mixture_sums(row, n, task.alpha, student, teacher);
+    n.kl_student_mixture = student / n.sum_s;
+    n.jsd = not_negative(task.alpha * teacher / n.sum_t + (1.0 - task.alpha) * n.kl_student_mixture);
+  }
+  const double fields[] = {n.kl_teacher_student, n.kl_student_teacher, n.jsd,
+                           n.student_logprob,    n.student_entropy,    n.teacher_logprob,
+                           n.teacher_entropy,    n.top1_agreement};
+  for (int64_t i = 0; i < 8; ++i) {
+    task.tokens[i * task.count + index] = real(fields[i]);
+  }
+  return n;
+}
+
+// Lanes of the gradient to memory, in the tile's type or rounded to bf16 (to nearest even, a NaN stays one).
+template <typename real>
+static inline void store_gradient(real* to, lane_t<real> value, int64_t left) {
+  std::memcpy(to, &value, static_cast<size_t>(smaller(left, Lane<real>::count)) * sizeof(real));
+}
+
+static inline void store_gradient(uint16_t* to, vfloat value, int64_t left) {
+  const vuint bits = bits_as<vuint>(value);
+  const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const vuint chosen = value == value ? rounded : vuint{} + 0x7fc0u;
+  const vbf16 narrow = __builtin_convertvector(chosen, vbf16);
+  std::memcpy(to, &narrow, static_cast<size_t>(smaller(left, LANES)) * sizeof(uint16_t));
+}
+
+// True in the lane of this number.
+static inline bool lane_is(double, int64_t place) { return place == 0; }
+
+static inline vint lane_is(vfloat, int64_t place) {
+  vint lanes;
+  for (int i = 0; i < LANES; ++i) {
+    lanes[i] = i == place ? -1 : 0;
+  }
+  return lanes;
+}
+
+// An element is written after the lanes that hold it were read, at or below their place: `out` starts where the
+// student's row does, and its elements are no wider.
+template <typename real, typename out_t>
+void write_gradient(const Row<real>& row, const Numbers<double>& n, const Upstream<double>& g, double alpha,
+                    double slope, int64_t label, out_t* out) {
+  using T = lane_t<real>;
+  const Gradient<real> gradient = Gradient<double>::of(n, g, alpha, slope).template as<real>();
+  const real pivot_s = real(n.pivot_s), pivot_t = real(n.pivot_t);
+  const T at_label = T{} + real(g.l * slope), zero{};
+  int64_t v = 0;
+  row.each(0, row.vocabulary, [&](T z_s, T z_t) {
+    T value = gradient(z_s - pivot_s, z_t - pivot_t);
+    if (label >= v && label < v + Lane<real>::count) {
+      value += Math<T>::where(lane_is(zero, label - v), at_label, zero);
+    }
+    if (row.to_s.capped) {
+      value *= row.to_s.bend(z_s);
+    }
+    store_gradient(out + v, value, row.vocabulary - v);
+    v += Lane<real>::count;
+  });
+}
+
+template <typename real>
+void gradient_of_row(const DivergenceTask<real>& task, const Row<real>& row, const Numbers<double>& n,
+                     Upstream<double> g, int64_t index) {
+  const int64_t label = task.target == nullptr ? ABSENT_TARGET : task.target[index];
+  if (label == ABSENT_TARGET) {
+    g.l = 0.0;
+  }
+  const double alpha = task.has_alpha ? task.alpha : 0.0;
+  if (task.gradient_kind == GradientKind::same) {
+    real* out = static_cast<real*>(task.gradient) + index * task.gradient_stride;
+    write_gradient(row, n, g, alpha, task.slope, label, out);
+  } else if constexpr (sizeof(real) == sizeof(float)) {
+    uint16_t* out = static_cast<uint16_t*>(task.gradient) + index * task.gradient_stride;
+    write_gradient(row, n, g, alpha, task.slope, label, out);
+  }
+}
+
+template <typename real>
+void zero_gradient(const DivergenceTask<real>& task, int64_t index) {
+  const int64_t size = task.gradient_kind == GradientKind::bf16 ? 2 : static_cast<int64_t>(sizeof(real));
+  char* row = static_cast<char*>(task.gradient) + index * task.gradient_stride * size;
+  std::memset(row, 0, static_cast<size_t>(task.vocabulary * size));
+}
+
+template <typename real>
+Upstream<double> upstream_of(const DivergenceTask<real>& task, int64_t index, double ratio) {
+  const real* w = task.weights + index;
+  const int64_t n = task.count;
+  return {ratio * double(w[0]), ratio * double(w[n]), ratio * double(w[2 * n]), ratio * double(w[3 * n]),
+          ratio * double(w[4 * n])};
+}
+
+template <typename real>
+double importance_ratio(const DivergenceTask<real>& task, double student_logprob, int64_t index) {
+  if (task.old_logprob == nullptr) {
+    return 1.0;
+  }
+  double exponent = student_logprob - double(task.old_logprob[index]);
+  exponent = exponent > 20.0 ? 20.0 : exponent < -20.0 ? -20.0 : exponent;
+  const double ratio = Math<double>::exp(exponent);
+  return ratio > task.importance_clip ? task.importance_clip : ratio;
+}
+
+template <typename real>
+bool kept(const DivergenceTask<real>& task, int64_t index) {
+  return task.keep == nullptr || task.keep[index] != 0;
+}
+
+template <typename real>
+void affine(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (kept(task, i)) {
+      const Row<real> row(task, i);
+      const Numbers<double> n = numbers_of(task, row, i);
+      const Upstream<double> g = upstream_of(task, i, importance_ratio(task, n.student_logprob, i));
+      task.loss[i] = real(select(g.f, n.kl_teacher_student) + select(g.r, n.kl_student_teacher) + select(g.j, n.jsd) +
+                          select(g.l, n.student_logprob) + select(g.h, n.student_entropy));
+      if (task.gradient_kind != GradientKind::none) {
+        gradient_of_row(task, row, n, g, i);
+      }
+    } else if (task.gradient_kind != GradientKind::none) {
+      zero_gradient(task, i);
+    }
+  }
+}
+
+// The entries of `statistics.STATE`.
+template <typename real>
+void stats(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (kept(task, i)) {
+      const Numbers<double> n = numbers_of(task, Row<real>(task, i), i);
+      const double state[] = {n.pivot_s,         n.pivot_t,           n.sum_s, n.sum_t, n.kl_student_teacher,
+                              n.student_entropy, n.kl_student_mixture};
+      for (int64_t k = 0; k < 7; ++k) {
+        task.state[k * task.count + i] = real(state[k]);
+      }
+    }
+  }
+}
+
+template <typename real>
+Numbers<double> numbers_from_state(const DivergenceTask<real>& task, int64_t index) {
+  const real* s = task.state + index;
+  const int64_t count = task.count;
+  Numbers<double> n{};
+  n.pivot_s = double(s[0]);
+  n.pivot_t = double(s[count]);
+  n.sum_s = double(s[2 * count]);
+  n.sum_t = double(s[3 * count]);
+  n.log_ratio = log_ratio(n.sum_s, n.sum_t);
+  n.kl_student_teacher = double(s[4 * count]);
+  n.student_entropy = double(s[5 * count]);
+  n.kl_student_mixture = double(s[6 * count]);
+  return n;
+}
+
+template <typename real>
+void gradient(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (kept(task, i)) {
+      gradient_of_row(task, Row<real>(task, i), numbers_from_state(task, i), upstream_of(task, i, 1.0), i);
+    } else {
+      zero_gradient(task, i);
+    }
+  }
+}
+
+// The entries of `statistics.PARTIAL`.
+template <typename real>
+void partial(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (!kept(task, i)) {
+      continue;
+    }
+    const Row<real> row(task, i);
+    const Statistics<double> p = statistics(row);
+    const int64_t label = task.target == nullptr ? ABSENT_TARGET : task.target[i];
+    const double entries[] = {p.max_s,
+                              p.max_t,
+                              p.sums.sum_s,
+                              p.sums.sum_t,
+                              p.sums.first_s,
+                              p.sums.first_t,
+                              p.sums.gap_s,
+                              p.sums.gap_t,
+                              p.sums.joint > 0.0 ? 1.0 : 0.0,
+                              label_logit(row.student, row.to_s, label, task.vocabulary),
+                              label_logit(row.teacher, row.to_t, label, task.vocabulary)};
+    for (int64_t k = 0; k < 11; ++k) {
+      task.partial[k * task.count + i] = real(entries[k]);
+    }
+  }
+}
+
+template <typename real>
+void mixture(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < end; ++i) {
+    if (kept(task, i)) {
+      const Numbers<double> n = numbers_from_state(task, i);
+      double student, teacher;
+      mixture_sums(Row<real>(task, i), n, task.alpha, student, teacher);
+      task.sums[i] = real(student / n.sum_s);
+      task.sums[task.count + i] = real(teacher / n.sum_t);
+    }
+  }
+}
+
+}  // namespace
+
+#define SDFT_DEFINE_DIVERGENCE(real)                                                                               \
+  void affine_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end) { affine(task, begin, end); }     \
+  void stats_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end) { stats(task, begin, end); }       \
+  void gradient_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end) { gradient(task, begin, end); } \
+  void partial_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end) { partial(task, begin, end); }   \
+  void mixture_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end) { mixture(task, begin, end); }
+
+SDFT_DEFINE_DIVERGENCE(float)
+SDFT_DEFINE_DIVERGENCE(double)
+#undef SDFT_DEFINE_DIVERGENCE
+
+}  // namespace sdft::SDFT_ISA

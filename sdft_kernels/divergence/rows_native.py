@@ -1,0 +1,172 @@
+"""Row kernels in C++ for the CPU: one compiled operator over raw logits, chosen at run time by instruction set.
+
+A row of both models is read twice, the second time from the cache, and nothing but the gradient is written. Rows of a
+tile are padded to 16 elements (`row_stride`); a gradient in bf16 lies in the lower half of the fp32 row that it was
+computed from.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .._head import Transform
+from .fields import DIFFERENTIABLE
+from .statistics import PARTIAL, STATE
+
+ROUNDS = True  # gradients come out in the dtype of the next product; the driver need not copy them
+ALIGNMENT = 16  # elements: 64 bytes, a cache line and the widest vector
+
+
+def row_stride(vocabulary: int) -> int:
+    """Elements from one row of a tile to the next."""
+    return -(-vocabulary // ALIGNMENT) * ALIGNMENT
+
+
+def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cpu") -> int:
+    """Bytes that a call on `count` rows needs beyond the two tiles: none."""
+    return 0
+
+
+def affine_(
+    student: Tensor,  # (C, V) raw logits; overwritten if `gradient_dtype`
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,) int64
+    weights: dict[str, Tensor],  # field -> (C,)
+    old_logprob: Tensor | None,  # (C,)
+    importance_clip: float | None,
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    keep: Tensor | None,  # (C,) bool; a row that is not kept gets zeros everywhere, whatever it holds
+    tokens: Tensor,  # (8, C) of zeros; receives the fields
+    loss: Tensor,  # (C,) of zeros; receives ratio * sum_k weights_k field_k
+    gradient_dtype: torch.dtype | None,  # None: no gradient
+) -> Tensor | None:
+    """Statistics, token loss and gradient of a tile; returns dL/dlogits, (C, V), which lies in the student's tile."""
+    gradient = None if gradient_dtype is None else _gradient_view(student, gradient_dtype)
+    clipped = importance_clip is not None and old_logprob is not None
+    _run(
+        "affine", student, teacher, transforms, alpha, target, keep, weights=_table(weights, student),
+        old_logprob=old_logprob if clipped else None, importance_clip=importance_clip if clipped else None,
+        tokens=tokens, loss=loss, gradient=gradient,
+    )  # fmt: skip
+    return gradient
+
+
+def divergence_stats(
+    student: Tensor,  # (C, V) raw logits
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,)
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,  # strictly between 0 and 1, or None: no JSD
+    keep: Tensor | None,  # (C,) bool
+    tokens: Tensor,  # (8, C) of zeros; receives the fields
+) -> Tensor:
+    """All fields of a tile, for a token loss that is not known yet; returns what `divergence_grad_` needs of them."""
+    state = tokens.new_zeros(len(STATE), tokens.shape[1])
+    _run("stats", student, teacher, transforms, alpha, target, keep, tokens=tokens, state=state)
+    return state
+
+
+def partial_statistics(
+    student: Tensor,  # (C, V) raw logits of a part of the vocabulary
+    teacher: Tensor,  # (C, V) likewise
+    target: Tensor | None,  # (C,) positions within the part; -100 where the target is elsewhere
+    transforms: tuple[Transform, Transform],
+    keep: Tensor | None,  # (C,) bool; a row that is not kept holds anything
+) -> Tensor:
+    """(len(PARTIAL), C): the sums of `statistics.PARTIAL` over this part."""
+    partial = student.new_zeros(len(PARTIAL), student.shape[0])
+    _run("partial", student, teacher, transforms, None, target, keep, partial=partial)
+    return partial
+
+
+def repivot_(student: Tensor, teacher: Tensor, partial: Tensor, state: Tensor) -> None:
+    """Nothing: these kernels leave raw logits, and pivot as they read."""
+
+
+def mixture_sums(
+    student: Tensor,  # (C, V) raw logits
+    teacher: Tensor,  # (C, V) likewise
+    state: Tensor,  # (len(STATE), C)
+    transforms: tuple[Transform, Transform],
+    alpha: float,
+    keep: Tensor | None,  # (C,) bool
+) -> Tensor:
+    """(2, C): this part's share of KL(p_s || m) and KL(p_t || m)."""
+    sums = student.new_zeros(2, student.shape[0])
+    _run("mixture", student, teacher, transforms, alpha, None, keep, state=state, sums=sums)
+    return sums
+
+
+def divergence_grad_(
+    student: Tensor,  # (C, V) as `divergence_stats` left it; overwritten
+    teacher: Tensor,  # (C, V) likewise
+    state: Tensor,  # what `divergence_stats` returned
+    target: Tensor | None,  # (C,)
+    upstream: dict[str, Tensor],  # field -> dL/dfield (C,)
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,
+    keep: Tensor | None,  # (C,) bool
+    gradient_dtype: torch.dtype,
+) -> Tensor:
+    """dL/dlogits, (C, V), which lies in the student's tile."""
+    gradient = _gradient_view(student, gradient_dtype)
+    weights = _table(upstream, student)
+    _run(
+        "gradient", student, teacher, transforms, alpha, target, keep, weights=weights, state=state, gradient=gradient
+    )
+    return gradient
+
+
+def _table(weights: dict[str, Tensor], like: Tensor) -> Tensor:
+    """(5, C) in the order of `DIFFERENTIABLE`; 0, which drops a field, where it has no weight."""
+    table = like.new_zeros(len(DIFFERENTIABLE), like.shape[0])
+    for name, weight in weights.items():
+        table[DIFFERENTIABLE.index(name)] = weight
+    return table
+
+
+def _gradient_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
+    """The part of the student's tile that receives the gradient: all of a row, or its lower half in a 2-byte dtype."""
+    if dtype == tile.dtype:
+        return tile
+    if 2 * dtype.itemsize != tile.dtype.itemsize:
+        raise ValueError(f"a gradient in {dtype} does not fit over logits in {tile.dtype}")
+    (count, vocabulary), stride = tile.shape, max(tile.stride(0), tile.shape[1])
+    return tile.as_strided((count, stride), (stride, 1)).view(dtype)[:, :vocabulary]
+
+
+def _run(
+    stage: str,
+    student: Tensor,
+    teacher: Tensor,
+    transforms: tuple[Transform, Transform],
+    alpha: float | None,
+    target: Tensor | None,
+    keep: Tensor | None,
+    *,
+    importance_clip: float | None = None,
+    weights: Tensor | None = None,
+    old_logprob: Tensor | None = None,
+    tokens: Tensor | None = None,
+    loss: Tensor | None = None,
+    state: Tensor | None = None,
+    partial: Tensor | None = None,
+    sums: Tensor | None = None,
+    gradient: Tensor | None = None,
+) -> None:
+    factors = [factor for transform in transforms for factor in _factors(transform)]
+    torch.ops.sdft_kernels.divergence_rows_(
+        stage, student, teacher,
+        None if target is None else target.contiguous(),
+        None if keep is None else keep.contiguous().view(torch.uint8),
+        weights, None if old_logprob is None else old_logprob.contiguous(), importance_clip or 0.0,
+        *factors, transforms[0].slope, alpha, tokens, loss, state, partial, sums, gradient,
+    )  # fmt: skip
+
+
+def _factors(transform: Transform) -> tuple[float, float]:
+    """Inner and outer factor of z = outer tanh(inner a); an inner one of 0 says z = outer a."""
+    cap = transform.softcap
+    return (0.0, transform.slope) if cap is None else (transform.scale / cap, cap / transform.temperature)
