@@ -7,11 +7,13 @@ import os
 
 import torch
 
+from . import _native
+
 IMPLEMENTATIONS = ("auto", "reference", "torch", "native", "triton")
 
 # Row kernels that exist, by op.
 _WRITTEN = {
-    "linear_divergence": ("reference", "torch", "triton"),
+    "linear_divergence": ("reference", "torch", "native", "triton"),
     "linear_token_logprob": ("reference", "torch"),
     "linear_topk_divergence": ("reference", "torch"),
 }
@@ -26,7 +28,9 @@ def _installed(module: str) -> bool:
         return False
 
 
-_HAS_TRITON = _installed("triton")  # looked up once, here, since `torch.compile` cannot trace the import system
+# Looked up once, here, since `torch.compile` can trace neither the import system nor the loading of a library.
+_HAS_TRITON = _installed("triton")
+_WHY_NOT_NATIVE = _native.why_not()
 
 
 def resolve(
@@ -36,10 +40,10 @@ def resolve(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> str:
-    """Return the implementation that `op` runs for `impl`: ``"reference"``, ``"torch"`` or ``"triton"``.
+    """Return the implementation that `op` runs for `impl`: any of `IMPLEMENTATIONS` but ``"auto"``.
 
     Args:
-        impl: one of `IMPLEMENTATIONS`; ``"auto"`` is Triton on CUDA where it can run, else PyTorch.
+        impl: one of `IMPLEMENTATIONS`; ``"auto"`` is Triton on CUDA and native on CPU where they can run, else PyTorch.
         op: name of the op.
         device: of the tensors; None is CUDA where PyTorch sees a GPU, else CPU.
         dtype: in which the op sums.
@@ -52,7 +56,8 @@ def resolve(
         raise ValueError(f"impl must be one of {IMPLEMENTATIONS}, got {impl!r}")
     device = _device(device)
     if impl == "auto":
-        return "triton" if device.type == "cuda" and why_not("triton", op, device, dtype) is None else "torch"
+        best = "triton" if device.type == "cuda" else "native"
+        return best if why_not(best, op, device, dtype) is None else "torch"
     why = why_not(impl, op, device, dtype)
     if why is not None:
         raise RuntimeError(f"{op}(impl={impl!r}) cannot run: {why}; use impl='auto'")
@@ -65,7 +70,15 @@ def why_not(
     """Why `impl` cannot run `op` on tensors of this device and dtype; None if it can."""
     if impl not in _WRITTEN[op]:
         return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
+    if impl == "native":
+        return _why_not_native(_device(device))
     return _why_not_triton(_device(device), dtype) if impl == "triton" else None
+
+
+def _why_not_native(device: torch.device) -> str | None:
+    if _WHY_NOT_NATIVE:
+        return f"the compiled operators are {_WHY_NOT_NATIVE}"
+    return None if device.type == "cpu" else f"its kernels run on CPU, not on {device.type}"
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

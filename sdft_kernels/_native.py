@@ -41,7 +41,8 @@ def why_not() -> str:
         )
         warnings.warn(f"sdft_kernels runs without its compiled operators: {reason}", RuntimeWarning, stacklevel=2)
         return reason
-    torch.library.register_fake("sdft_kernels::ema_update_", _ema_update_fake)
+    for name in ("ema_update_", "divergence_rows_"):
+        torch.library.register_fake(f"sdft_kernels::{name}", _writes_in_place)
     return ""
 
 
@@ -104,8 +105,8 @@ def _ema_update_torch(ema: torch.Tensor, param: torch.Tensor, rate: float) -> No
     ema.lerp_(param.to(device=ema.device, dtype=torch.float32), rate)
 
 
-def _ema_update_fake(ema: torch.Tensor, param: torch.Tensor, rate: float) -> None:
-    return None
+def _writes_in_place(*_: object) -> None:
+    """The fake of an operator that only changes its arguments."""
 
 
 def _not_built() -> str:

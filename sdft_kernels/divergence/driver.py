@@ -69,6 +69,10 @@ def rows_of(impl: str) -> Rows:
         from . import rows_triton
 
         return rows_triton
+    if impl == "native":
+        from . import rows_native
+
+        return rows_native
     from . import rows_torch
 
     return rows_torch

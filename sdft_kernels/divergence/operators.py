@@ -48,7 +48,7 @@ class Options(NamedTuple):
     memory_budget: int | None
     pack: bool
     precision: str | None
-    impl: str  # resolved: "torch", "triton" or "reference"
+    impl: str  # resolved: "torch", "native", "triton" or "reference"
     vocab_group: str | None  # name of the process group over which the vocabulary is sharded
 
     def transforms(self) -> tuple[Transform, Transform]:

@@ -113,9 +113,7 @@ def divergence_grad_(
     """dL/dlogits, (C, V), which lies in the student's tile."""
     gradient = _gradient_view(student, gradient_dtype)
     weights = _table(upstream, student)
-    _run(
-        "gradient", student, teacher, transforms, alpha, target, keep, weights=weights, state=state, gradient=gradient
-    )
+    _run("gradient", student, teacher, transforms, alpha, target, keep, weights=weights, state=state, gradient=gradient)
     return gradient
 
 
