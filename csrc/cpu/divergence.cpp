@@ -1,5 +1,3 @@
-#include "divergence.h"
-
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
@@ -8,6 +6,8 @@
 
 #include <optional>
 #include <string>
+
+#include "divergence_rows.h"
 
 // The edge of the divergence's row kernels: from tensors to `DivergenceTask`. The caller is rows_native.py; what is
 // checked here keeps a wrong call from touching memory that is not its own.

@@ -1,6 +1,6 @@
-#include "divergence.h"
-
+#include "divergence_rows.h"
 #include "lanes_math.h"
+#include "sdft_kernels/divergence_row.h"
 
 // A row at a time: statistics block by block about the running maxima, the closed forms, then the gradient written over
 // the student's logits. A row of both models is read twice, the second time from the cache.
@@ -74,8 +74,8 @@ struct Row {
       : student(task.student.logits + row * task.student.stride),
         teacher(task.teacher.logits + row * task.teacher.stride),
         vocabulary(task.vocabulary),
-        to_s{task.student.capped, real(task.student.inner), real(task.student.outer)},
-        to_t{task.teacher.capped, real(task.teacher.inner), real(task.teacher.outer)} {}
+        to_s(to_z_of<real>(task.student)),
+        to_t(to_z_of<real>(task.teacher)) {}
 
   // Calls visit(z_s, z_t) for the lanes of entries [begin, end).
   template <typename Visit>
@@ -114,36 +114,18 @@ Statistics<double> statistics(const Row<real>& row) {
 }
 
 template <typename real>
-void mixture_sums(const Row<real>& row, const Numbers<double>& n, double alpha, double& student, double& teacher) {
+MixtureSums<double> mixture_sums(const Row<real>& row, const Numbers<double>& n, double alpha) {
   using T = lane_t<real>;
   const real pivot_s = real(n.pivot_s), pivot_t = real(n.pivot_t), shift = real(n.log_ratio);
-  student = teacher = 0.0;
+  MixtureSums<double> all;
   for (int64_t begin = 0; begin < row.vocabulary; begin += BLOCK) {
     MixtureSums<T> sums;
     row.each(begin, smaller(begin + BLOCK, row.vocabulary),
              [&](T z_s, T z_t) { sums.add(z_s - pivot_s, z_t - pivot_t, shift, real(alpha)); });
-    student += total(sums.student);
-    teacher += total(sums.teacher);
+    all.student += total(sums.student);
+    all.teacher += total(sums.teacher);
   }
-}
-
-// z at `label`; 0 where it is not within the row: absent, or in another part of the vocabulary.
-template <typename real>
-double label_logit(const real* logits, const ToZ<real>& to_z, int64_t label, int64_t vocabulary) {
-  if (label < 0 || label >= vocabulary) {
-    return 0.0;
-  }
-  const ToZ<double> exactly{to_z.capped, double(to_z.inner), double(to_z.outer)};
-  return to_z.capped ? exactly(double(logits[label])) : double(real(logits[label] * to_z.outer));
-}
-
-constexpr int64_t ABSENT_TARGET = -100;  // _head.ABSENT_TARGET
-
-double logprob(double label_z, int64_t label, int64_t vocabulary, double pivot, double sum) {
-  if (label == ABSENT_TARGET) {
-    return 0.0;
-  }
-  return label < 0 || label >= vocabulary ? double(NAN) : label_z - pivot - Math<double>::log1p(sum - 1.0);
+  return all;
 }
 
 template <typename real>
@@ -151,23 +133,15 @@ Numbers<double> numbers_of(const DivergenceTask<real>& task, const Row<real>& ro
   Numbers<double> n = finish(statistics(row));
   if (task.target != nullptr) {
     const int64_t label = task.target[index], vocabulary = row.vocabulary;
-    const double z_s = label_logit(row.student, row.to_s, label, vocabulary);
-    const double z_t = label_logit(row.teacher, row.to_t, label, vocabulary);
+    const double z_s = label_logit<double>(task.student, index, label, vocabulary);
+    const double z_t = label_logit<double>(task.teacher, index, label, vocabulary);
     n.student_logprob = logprob(z_s, label, vocabulary, n.pivot_s, n.sum_s);
     n.teacher_logprob = logprob(z_t, label, vocabulary, n.pivot_t, n.sum_t);
   }
   if (task.has_alpha) {
-    double student, teacher;
-    mixture_sums(row, n, task.alpha, student, teacher);
-    n.kl_student_mixture = student / n.sum_s;
-    n.jsd = not_negative(task.alpha * teacher / n.sum_t + (1.0 - task.alpha) * n.kl_student_mixture);
+    set_jsd(n, mixture_sums(row, n, task.alpha), task.alpha);
   }
-  const double fields[] = {n.kl_teacher_student, n.kl_student_teacher, n.jsd,
-                           n.student_logprob,    n.student_entropy,    n.teacher_logprob,
-                           n.teacher_entropy,    n.top1_agreement};
-  for (int64_t i = 0; i < 8; ++i) {
-    task.tokens[i * task.count + index] = real(fields[i]);
-  }
+  write_tokens(task, n, index);
   return n;
 }
 
@@ -222,7 +196,7 @@ void write_gradient(const Row<real>& row, const Numbers<double>& n, const Upstre
 template <typename real>
 void gradient_of_row(const DivergenceTask<real>& task, const Row<real>& row, const Numbers<double>& n,
                      Upstream<double> g, int64_t index) {
-  const int64_t label = task.target == nullptr ? ABSENT_TARGET : task.target[index];
+  const int64_t label = label_of(task, index);
   if (label == ABSENT_TARGET) {
     g.l = 0.0;
   }
@@ -244,38 +218,13 @@ void zero_gradient(const DivergenceTask<real>& task, int64_t index) {
 }
 
 template <typename real>
-Upstream<double> upstream_of(const DivergenceTask<real>& task, int64_t index, double ratio) {
-  const real* w = task.weights + index;
-  const int64_t n = task.count;
-  return {ratio * double(w[0]), ratio * double(w[n]), ratio * double(w[2 * n]), ratio * double(w[3 * n]),
-          ratio * double(w[4 * n])};
-}
-
-template <typename real>
-double importance_ratio(const DivergenceTask<real>& task, double student_logprob, int64_t index) {
-  if (task.old_logprob == nullptr) {
-    return 1.0;
-  }
-  double exponent = student_logprob - double(task.old_logprob[index]);
-  exponent = exponent > 20.0 ? 20.0 : exponent < -20.0 ? -20.0 : exponent;
-  const double ratio = Math<double>::exp(exponent);
-  return ratio > task.importance_clip ? task.importance_clip : ratio;
-}
-
-template <typename real>
-bool kept(const DivergenceTask<real>& task, int64_t index) {
-  return task.keep == nullptr || task.keep[index] != 0;
-}
-
-template <typename real>
 void affine(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (kept(task, i)) {
       const Row<real> row(task, i);
       const Numbers<double> n = numbers_of(task, row, i);
-      const Upstream<double> g = upstream_of(task, i, importance_ratio(task, n.student_logprob, i));
-      task.loss[i] = real(select(g.f, n.kl_teacher_student) + select(g.r, n.kl_student_teacher) + select(g.j, n.jsd) +
-                          select(g.l, n.student_logprob) + select(g.h, n.student_entropy));
+      const Upstream<double> g = upstream_of<double>(task, i, importance_ratio(task, n.student_logprob, i));
+      task.loss[i] = real(token_loss(g, n));
       if (task.gradient_kind != GradientKind::none) {
         gradient_of_row(task, row, n, g, i);
       }
@@ -320,7 +269,7 @@ template <typename real>
 void gradient(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (kept(task, i)) {
-      gradient_of_row(task, Row<real>(task, i), numbers_from_state(task, i), upstream_of(task, i, 1.0), i);
+      gradient_of_row(task, Row<real>(task, i), numbers_from_state(task, i), upstream_of<double>(task, i, 1.0), i);
     } else {
       zero_gradient(task, i);
     }
@@ -336,7 +285,7 @@ void partial(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
     }
     const Row<real> row(task, i);
     const Statistics<double> p = statistics(row);
-    const int64_t label = task.target == nullptr ? ABSENT_TARGET : task.target[i];
+    const int64_t label = label_of(task, i);
     const double entries[] = {p.max_s,
                               p.max_t,
                               p.sums.sum_s,
@@ -346,8 +295,8 @@ void partial(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
                               p.sums.gap_s,
                               p.sums.gap_t,
                               p.sums.joint > 0.0 ? 1.0 : 0.0,
-                              label_logit(row.student, row.to_s, label, task.vocabulary),
-                              label_logit(row.teacher, row.to_t, label, task.vocabulary)};
+                              label_logit<double>(task.student, i, label, task.vocabulary),
+                              label_logit<double>(task.teacher, i, label, task.vocabulary)};
     for (int64_t k = 0; k < 11; ++k) {
       task.partial[k * task.count + i] = real(entries[k]);
     }
@@ -359,10 +308,9 @@ void mixture(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
   for (int64_t i = begin; i < end; ++i) {
     if (kept(task, i)) {
       const Numbers<double> n = numbers_from_state(task, i);
-      double student, teacher;
-      mixture_sums(Row<real>(task, i), n, task.alpha, student, teacher);
-      task.sums[i] = real(student / n.sum_s);
-      task.sums[task.count + i] = real(teacher / n.sum_t);
+      const MixtureSums<double> sums = mixture_sums(Row<real>(task, i), n, task.alpha);
+      task.sums[i] = real(sums.student / n.sum_s);
+      task.sums[task.count + i] = real(sums.teacher / n.sum_t);
     }
   }
 }

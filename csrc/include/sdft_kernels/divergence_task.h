@@ -2,10 +2,8 @@
 
 #include <cstdint>
 
-#include "isa.h"
-
-// What the divergence's row kernels of the CPU read and write: raw pointers into (count, vocabulary) tiles of logits
-// and (fields, count) tables. Plain data, so that every instruction set's build shares it.
+// What the divergence's row kernels read and write, on CPU and CUDA: raw pointers into (count, vocabulary) tiles of
+// logits and (fields, count) tables. Plain data, so that every instruction set's build shares it.
 namespace sdft {
 
 // One model's tile and its way from raw logits to z (`ToZ` of divergence_math.h).
@@ -42,14 +40,3 @@ struct DivergenceTask {
 };
 
 }  // namespace sdft
-
-#define SDFT_DECLARE_DIVERGENCE(real)                                                            \
-  SDFT_DECLARE(void affine_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))   \
-  SDFT_DECLARE(void stats_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))    \
-  SDFT_DECLARE(void gradient_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end)) \
-  SDFT_DECLARE(void partial_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))  \
-  SDFT_DECLARE(void mixture_rows(const DivergenceTask<real>& task, int64_t begin, int64_t end))
-
-SDFT_DECLARE_DIVERGENCE(float)
-SDFT_DECLARE_DIVERGENCE(double)
-#undef SDFT_DECLARE_DIVERGENCE
