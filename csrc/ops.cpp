@@ -9,5 +9,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
       "divergence_rows_(str stage, Tensor(a!) student, Tensor teacher, Tensor? target, Tensor? keep, Tensor? weights, "
       "Tensor? old_logprob, float importance_clip, float inner_s, float outer_s, float inner_t, float outer_t, "
       "float slope, float? alpha, Tensor(b!)? tokens, Tensor(c!)? loss, Tensor(d!)? state, Tensor(e!)? partial, "
-      "Tensor(f!)? sums, Tensor(g!)? gradient) -> ()");
+      "Tensor(f!)? sums, Tensor(g!)? gradient, int stream) -> ()");
 }

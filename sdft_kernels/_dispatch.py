@@ -31,6 +31,7 @@ def _installed(module: str) -> bool:
 # Looked up once, here, since `torch.compile` can trace neither the import system nor the loading of a library.
 _HAS_TRITON = _installed("triton")
 _WHY_NOT_NATIVE = _native.why_not()
+_HAS_CUDA_KERNELS = _native.has_cuda_kernels()
 
 
 def resolve(
@@ -71,14 +72,18 @@ def why_not(
     if impl not in _WRITTEN[op]:
         return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
     if impl == "native":
-        return _why_not_native(_device(device))
+        return _why_not_native(_device(device), dtype)
     return _why_not_triton(_device(device), dtype) if impl == "triton" else None
 
 
-def _why_not_native(device: torch.device) -> str | None:
+def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
     if _WHY_NOT_NATIVE:
         return f"the compiled operators are {_WHY_NOT_NATIVE}"
-    return None if device.type == "cpu" else f"its kernels run on CPU, not on {device.type}"
+    if device.type == "cuda":
+        if not _HAS_CUDA_KERNELS:
+            return "the compiled operators were built without CUDA kernels (`sdft-kernels env` says why)"
+        return "its CUDA kernel is fp32 only" if dtype == torch.float64 else None
+    return None if device.type == "cpu" else f"its kernels run on CPU and CUDA, not on {device.type}"
 
 
 def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -46,6 +46,11 @@ def why_not() -> str:
     return ""
 
 
+def has_cuda_kernels() -> bool:
+    """True if the compiled operators hold CUDA kernels, whether or not there is a GPU."""
+    return has_native() and torch._C._dispatch_has_kernel_for_dispatch_key("sdft_kernels::divergence_rows_", "CUDA")
+
+
 def build_info() -> dict[str, str]:
     """How the compiled parts were built: compiler, flags, cuda, torch_target, torch_headers. Empty if they were not."""
     try:

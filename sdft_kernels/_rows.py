@@ -1,10 +1,13 @@
-"""What the PyTorch row kernels of every op share: blocks of rows that stay in the processor's cache, and z in place."""
+"""What row kernels share: the device they launch on; in PyTorch, blocks of rows that stay in cache, and z in place."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ._head import Transform
@@ -12,6 +15,11 @@ from ._head import Transform
 # Elements of a block. CPU: 1.5 MiB of fp32 stay in the cache. CUDA: 8 MiB, since launching dominates small blocks: 2
 # rows a block at a vocabulary of 151,936 would be 4,000 blocks of some 50 launches at 8,192 tokens.
 BLOCK_ELEMENTS = {"cpu": 384 * 1024, "cuda": 2 * 2**20}
+
+
+def on_device(tensor: Tensor) -> AbstractContextManager[Any]:
+    """Kernels are launched on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()
 
 
 def block_rows(vocabulary: int, device_type: str = "cpu") -> int:

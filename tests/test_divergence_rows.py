@@ -1,7 +1,8 @@
 """One suite for every implementation of the row kernels, beside the PyTorch rows and the fp64 reference.
 
-Triton: on a GPU as it ships, elsewhere in its interpreter with blocks of 128 logits. In fp64 an implementation shows
-its formulas to 1e-10, in fp32 its arithmetic.
+Triton: on a GPU as it ships, elsewhere in its interpreter with blocks of 128 logits. CUDA C++: its own source built for
+the host, where every thread of a cluster of blocks is a thread (`rows_emulated`). In fp64 an implementation shows its
+formulas to 1e-10, in fp32 its arithmetic.
 """
 
 import itertools
@@ -9,12 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
+import rows_emulated
 import torch
 from rows_cases import CAPPED, MODES, TRANSFORMS, assert_same, draw, run_affine, run_pair, tile
+from rows_emulated import EmulatedRows
 
-from sdft_kernels import _native, linear_divergence, sdft_token_loss
+from sdft_kernels import _dispatch, _native, linear_divergence, sdft_token_loss
 from sdft_kernels._head import IDENTITY
-from sdft_kernels.divergence import rows_native, rows_torch
+from sdft_kernels.divergence import driver, rows_native, rows_torch
 from sdft_kernels.divergence.fields import DIFFERENTIABLE, FIELDS
 from sdft_kernels.testing import (
     KINDS,
@@ -33,7 +36,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:invalid value encountered:Runtim
 class Implementation:
     """Row kernels under test, and where they run."""
 
-    name: str  # as `impl` of the op
+    name: str
+    impl: str  # of the op
     rows: Any
     device: torch.device
 
@@ -42,15 +46,34 @@ class Implementation:
         """fp64 where it runs: a GPU passes scalars to a Triton kernel in fp32, so there the dispatch refuses fp64."""
         return (torch.float32, 1e-5) if self.device.type == "cuda" else (torch.float64, 1e-10)
 
+    @property
+    def has_pair(self):
+        """The two kernels around a callable, which the CUDA C++ rows lack."""
+        return self.impl != "cuda"
 
-@pytest.fixture(params=("native", "triton"))
-def tested(request):
+
+CPU = torch.device("cpu")
+# A cluster whose blocks keep the row in shared memory; a block that reads it twice.
+EMULATED = {"cuda": EmulatedRows(blocks=2, threads=64), "cuda_reread": EmulatedRows(1, 32, resident=False)}
+
+
+@pytest.fixture(params=("native", "triton", *EMULATED))
+def tested(request, monkeypatch):
     if request.param == "triton":
         rows_triton = pytest.importorskip("sdft_kernels.divergence.rows_triton")
-        return Implementation("triton", rows_triton, request.getfixturevalue("interpreted"))
-    if not _native.has_native():
-        pytest.skip(_native.why_not())
-    return Implementation("native", rows_native, torch.device("cpu"))
+        return Implementation("triton", "triton", rows_triton, request.getfixturevalue("interpreted"))
+    if request.param == "native":
+        if not _native.has_native():
+            pytest.skip(_native.why_not())
+        return Implementation("native", "native", rows_native, CPU)
+    if rows_emulated.library() is None:
+        pytest.skip("no C++ compiler")
+    rows = EMULATED[request.param]
+    rows_of = driver.rows_of
+    monkeypatch.setitem(_dispatch._WRITTEN, "linear_divergence", ("reference", "torch", "cuda"))
+    monkeypatch.setattr(_dispatch, "IMPLEMENTATIONS", (*_dispatch.IMPLEMENTATIONS, "cuda"))
+    monkeypatch.setattr(driver, "rows_of", lambda impl: rows if impl == "cuda" else rows_of(impl))
+    return Implementation(request.param, "cuda", rows, CPU)
 
 
 @pytest.mark.parametrize("transforms", TRANSFORMS)
@@ -67,8 +90,9 @@ def test_rows_equal_the_torch_rows(mode, transforms, tested):
     options = TRANSFORMS[transforms], alpha
     actual, expected = (run_affine(rows, *inputs, clip, *options) for rows in (tested.rows, rows_torch))
     assert_same(actual, expected, limit)
-    actual, expected = (run_pair(rows, *inputs, *options) for rows in (tested.rows, rows_torch))
-    assert_same(actual, expected, limit)
+    if tested.has_pair:
+        actual, expected = (run_pair(rows, *inputs, *options) for rows in (tested.rows, rows_torch))
+        assert_same(actual, expected, limit)
 
 
 @pytest.mark.parametrize("mode", ("kl_teacher_student", "kl_student_teacher", "jsd", "all"))
@@ -172,10 +196,10 @@ def test_a_row_that_is_not_kept_is_zero_whatever_it_holds(tested):
     student[1], teacher[2] = float("nan"), float("inf")
     keep = torch.tensor([True, False, False, True], device=tested.device)
     weights = {name: torch.ones(4, device=tested.device) for name in DIFFERENTIABLE}
-    for tokens, *_, grad in (
-        run_affine(tested.rows, student, teacher, target, weights, 2.0, CAPPED, 0.3, keep),
-        run_pair(tested.rows, student, teacher, target, weights, CAPPED, 0.3, keep),
-    ):
+    results = [run_affine(tested.rows, student, teacher, target, weights, 2.0, CAPPED, 0.3, keep)]
+    if tested.has_pair:
+        results.append(run_pair(tested.rows, student, teacher, target, weights, CAPPED, 0.3, keep))
+    for tokens, *_, grad in results:
         assert tokens[:, 1:3].eq(0).all() and grad[1:3].eq(0).all()
         assert grad[[0, 3]].isfinite().all() and grad[[0, 3]].ne(0).any(1).all()
 
@@ -210,9 +234,10 @@ def test_bf16_gradient_over_the_fp32_row(vocabulary, tested):
     else:
         assert grads[torch.bfloat16].equal(exact)
     with pytest.raises(ValueError, match="does not fit"):
-        rows.divergence_grad_(
-            tile(rows, student), tile(rows, teacher), tokens, None, {}, (IDENTITY,) * 2, None, None, torch.float8_e5m2
-        )
+        rows.affine_(
+            tile(rows, student), tile(rows, teacher), None, {}, None, None, (IDENTITY,) * 2, None, None, tokens,
+            tokens[0].clone(), torch.float8_e5m2,
+        )  # fmt: skip
 
 
 def test_same_bits_twice_and_whatever_the_neighbours(tested):
@@ -238,8 +263,9 @@ def test_offsets_beyond_2_to_the_31(tested):
     logits.copy_(values)
     keep = torch.tensor([True, False, True], device=tested.device)
     tokens, expected = values.new_zeros(len(FIELDS), 3), values.new_zeros(len(FIELDS), 3)
-    rows.divergence_stats(logits, logits, target, (IDENTITY, IDENTITY), None, keep, tokens)
-    rows_torch.divergence_stats(values, values.clone(), target, (IDENTITY, IDENTITY), None, keep, expected)
+    options = {}, None, None, (IDENTITY, IDENTITY), None, keep
+    rows.affine_(logits, logits, target, *options, tokens, tokens.new_zeros(3), None)
+    rows_torch.affine_(values, values.clone(), target, *options, expected, tokens.new_zeros(3), None)
     assert relative_error(tokens, expected) < 1e-5
 
 
@@ -253,7 +279,7 @@ def test_op_within_budget(kind, dtype, tested):
     options = {"jsd_alpha": 0.3} | ({"student_softcap": 20.0, "teacher_softcap": 30.0} if kind == "near" else {})
     truth = run_divergence(x.to(torch.float64), "reference", upstream, **options)
     eager = run_divergence(x.to(torch.float32), "reference", upstream, **options)
-    actual = run_divergence(x, tested.name, upstream, **options)
+    actual = run_divergence(x, tested.impl, upstream, **options)
     for name in truth:
         if dtype == torch.bfloat16 and name.startswith("grad_"):
             assert relative_error(actual[name], truth[name]) < 0.004, name
@@ -272,9 +298,9 @@ def test_loss_with_mask_callable_and_chunks(pack, tested):
         return tokens.kl_teacher_student.square() + tokens.student_entropy + 0.1 * index
 
     clipped = sdft_token_loss(alpha=0.3, old_logprob=torch.full((7,), -2.0, device=tested.device), importance_clip=2.0)
-    for token_loss in (None, clipped, squared):
+    for token_loss in (None, clipped, squared) if tested.has_pair else (None, clipped):
         options = {"token_loss": token_loss, "pack": pack}
-        actual = run_divergence_loss(x, tested.name, memory_budget=budget, **options)
+        actual = run_divergence_loss(x, tested.impl, memory_budget=budget, **options)
         expected = run_divergence_loss(x, "torch", **options)
         for name in expected:
             assert relative_error(actual[name], expected[name]) < max(limit, 1e-9), name
@@ -290,12 +316,12 @@ def test_the_gradient_may_not_lie_elsewhere():
     tail = (1.0, 0.0, 1.0, 0.0, 1.0, 1.0, None)
     outputs = (torch.zeros(8, 2), torch.zeros(2), None, None, None)
     with pytest.raises(RuntimeError, match="must start where the student's does"):
-        run("affine", s, t, None, None, table, None, *tail, *outputs, torch.zeros(2, 16))
+        run("affine", s, t, None, None, table, None, *tail, *outputs, torch.zeros(2, 16), 0)
     with pytest.raises(RuntimeError, match="argument of stage 'affine' is missing"):
-        run("affine", s, t, None, None, None, None, *tail, *outputs, None)
+        run("affine", s, t, None, None, None, None, *tail, *outputs, None, 0)
     with pytest.raises(RuntimeError, match="no stage 'both'"):
-        run("both", s, t, None, None, None, None, *tail, *outputs, None)
+        run("both", s, t, None, None, None, None, *tail, *outputs, None, 0)
     with pytest.raises(RuntimeError, match="tokens must have 16 elements, has 14"):
-        run("affine", s, t, None, None, table, None, *tail, torch.zeros(7, 2), *outputs[1:], None)
+        run("affine", s, t, None, None, table, None, *tail, torch.zeros(7, 2), *outputs[1:], None, 0)
     with pytest.raises(RuntimeError, match="both tiles must be fp32"):
-        run("affine", s, t.double(), None, None, table, None, *tail, *outputs, None)
+        run("affine", s, t.double(), None, None, table, None, *tail, *outputs, None, 0)

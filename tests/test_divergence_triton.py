@@ -79,8 +79,13 @@ def test_dispatch(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(_dispatch, "_WHY_NOT_NATIVE", "")
     assert _dispatch.resolve("auto") == _dispatch.resolve("native") == "native"
-    with pytest.raises(RuntimeError, match="run on CPU, not on cuda"):
+    monkeypatch.setattr(_dispatch, "_HAS_CUDA_KERNELS", False)
+    with pytest.raises(RuntimeError, match="built without CUDA kernels"):
         _dispatch.resolve("native", device="cuda:0")
+    monkeypatch.setattr(_dispatch, "_HAS_CUDA_KERNELS", True)
+    assert _dispatch.resolve("native", device="cuda:0") == "native"
+    with pytest.raises(RuntimeError, match="fp32 only"):
+        _dispatch.resolve("native", device="cuda:0", dtype=torch.float64)
     monkeypatch.setattr(_dispatch, "_WHY_NOT_NATIVE", "not built: no compiler")
     assert _dispatch.resolve("auto") == "torch"
     with pytest.raises(RuntimeError, match="compiled operators are not built: no compiler"):

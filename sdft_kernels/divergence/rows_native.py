@@ -1,8 +1,9 @@
-"""Row kernels in C++ for the CPU: one compiled operator over raw logits, chosen at run time by instruction set.
+"""Row kernels in C++: one compiled operator over raw logits, `sdft_kernels::divergence_rows_`.
 
-A row of both models is read twice, the second time from the cache, and nothing but the gradient is written. Rows of a
-tile are padded to 16 elements (`row_stride`); a gradient in bf16 lies in the lower half of the fp32 row that it was
-computed from.
+CPU: a row of both models is read twice, the second time from the cache, by the build for the processor's instruction
+set. CUDA has the affine kernel alone: a cluster of thread blocks keeps the row in shared memory and reads it once.
+Rows of a tile are padded to 16 elements (`row_stride`); a gradient in bf16 lies in the lower half of the fp32 row that
+it was computed from.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from .._head import Transform
+from .._rows import on_device
 from .fields import DIFFERENTIABLE
 from .statistics import PARTIAL, STATE
 
@@ -155,13 +157,15 @@ def _run(
     gradient: Tensor | None = None,
 ) -> None:
     factors = [factor for transform in transforms for factor in _factors(transform)]
-    torch.ops.sdft_kernels.divergence_rows_(
-        stage, student, teacher,
-        None if target is None else target.contiguous(),
-        None if keep is None else keep.contiguous().view(torch.uint8),
-        weights, None if old_logprob is None else old_logprob.contiguous(), importance_clip or 0.0,
-        *factors, transforms[0].slope, alpha, tokens, loss, state, partial, sums, gradient,
-    )  # fmt: skip
+    stream = torch.cuda.current_stream(student.device).cuda_stream if student.device.type == "cuda" else 0
+    with on_device(student):
+        torch.ops.sdft_kernels.divergence_rows_(
+            stage, student, teacher,
+            None if target is None else target.contiguous(),
+            None if keep is None else keep.contiguous().view(torch.uint8),
+            weights, None if old_logprob is None else old_logprob.contiguous(), importance_clip or 0.0,
+            *factors, transforms[0].slope, alpha, tokens, loss, state, partial, sums, gradient, stream,
+        )  # fmt: skip
 
 
 def _factors(transform: Transform) -> tuple[float, float]:

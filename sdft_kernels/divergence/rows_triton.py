@@ -7,7 +7,6 @@ in bf16 lies in the upper half of the fp32 row that it was computed from.
 from __future__ import annotations
 
 import json
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,6 +15,7 @@ import torch
 from torch import Tensor
 
 from .._head import Transform
+from .._rows import on_device
 from .fields import DIFFERENTIABLE
 from .kernels_triton import affine_kernel, grad_kernel, mixture_kernel, partial_kernel, stats_kernel
 from .statistics import PARTIAL, STATE
@@ -200,13 +200,8 @@ def _launch(
     configuration = choose(vocabulary, _capability(student.device))
     if torch.version.hip is None:
         options["maxnreg"] = configuration.max_registers
-    with _on_device(student):
+    with on_device(student):
         kernel[(count,)](
             student, teacher, count=count, vocabulary=vocabulary, stride=stride, **arguments, **options,
             BLOCK=configuration.block, num_warps=configuration.num_warps,
         )  # fmt: skip
-
-
-def _on_device(tensor: Tensor) -> AbstractContextManager[Any]:
-    """Triton launches on the current device, which need not be the tensor's."""
-    return torch.cuda.device(tensor.device) if tensor.device.type == "cuda" else nullcontext()

@@ -182,6 +182,11 @@ struct MixtureSums {
     student += select(Math<T>::exp(y_s), over);
     teacher += select(Math<T>::exp(y_t), over - q);
   }
+
+  SDFT_INLINE void merge(const MixtureSums& part) {
+    student += part.student;
+    teacher += part.teacher;
+  }
 };
 
 // A token's numbers; those of a target and of the mixture are the caller's to fill in.
