@@ -82,8 +82,8 @@ void divergence_rows(std::string stage, Tensor student, Tensor teacher, MaybeTen
     task.importance_clip = clip;
     task.tokens = table<real>(tokens, 8, count, TYPE<real>, "tokens");
     task.loss = table<real>(loss, 1, count, TYPE<real>, "loss");
-    task.state = table<real>(state, 7, count, TYPE<real>, "state");
-    task.partial = table<real>(partial, 11, count, TYPE<real>, "partial");
+    task.state = table<double>(state, 7, count, ScalarType::Double, "state");
+    task.partial = table<double>(partial, 11, count, ScalarType::Double, "partial");
     task.sums = table<real>(sums, 2, count, TYPE<real>, "sums");
     if (gradient) {
       set_gradient(task, *gradient, student);

@@ -21,7 +21,7 @@ def leaves(x):
 
 def test_grad_output_scales_and_the_graph_can_be_retained():
     x = make_divergence_inputs("near")
-    once = run_divergence_loss(x, "torch")
+    once = run_divergence_loss(x, "auto")
     a = leaves(x)
     loss, _ = linear_divergence_loss(**a)
     (loss * 3).backward(retain_graph=True)
@@ -56,7 +56,7 @@ def test_no_double_backward():
 
 def test_gradient_checkpointing_and_accumulation():
     x = make_divergence_inputs("near")
-    once = run_divergence_loss(x, "torch")
+    once = run_divergence_loss(x, "auto")
     a = leaves(x)
     for _ in range(2):
 
@@ -72,7 +72,7 @@ def test_only_what_requires_grad_gets_one():
     a = x.to(torch.float32).tensors()
     a["student_bias"] = a["student_bias"].requires_grad_()
     linear_divergence_loss(**a)[0].backward()
-    full = run_divergence_loss(x, "torch")
+    full = run_divergence_loss(x, "auto")
     assert relative_error(a["student_bias"].grad, full["grad_student_bias"]) < 1e-6
     assert a["student_input"].grad is None and a["student_weight"].grad is None
     assert not linear_divergence_loss(**x.tensors())[0].requires_grad
@@ -90,7 +90,7 @@ def test_autocast_keeps_fp32_logits(weight_dtype):
     """Operands are rounded to bf16 as autocast would, the logits are not: the result is that of bf16 inputs."""
     x = make_divergence_inputs("nearer")
     rounded = x.to(torch.bfloat16)
-    want = run_divergence_loss(rounded, "torch")
+    want = run_divergence_loss(rounded, "auto")
     a = leaves(x.replace(student_weight=x.student_weight.to(weight_dtype)))
     with torch.autocast("cpu", dtype=torch.bfloat16):
         loss, tokens = linear_divergence_loss(**a)
@@ -105,11 +105,11 @@ def test_autocast_keeps_fp32_logits(weight_dtype):
 
 def test_global_matmul_precision_is_ignored_and_restored():
     x = make_divergence_inputs("nearer", hidden=128)
-    want = run_divergence_loss(x, "torch")
+    want = run_divergence_loss(x, "auto")
     before = torch.get_float32_matmul_precision()
     try:
         torch.set_float32_matmul_precision("medium")
-        got = run_divergence_loss(x, "torch")
+        got = run_divergence_loss(x, "auto")
         assert torch.get_float32_matmul_precision() == "medium"
     finally:
         torch.set_float32_matmul_precision(before)
@@ -126,10 +126,10 @@ def test_callable_gets_positions_in_the_callers_order():
         seen.append(index)
         return weight[index] * tokens.kl_student_teacher
 
-    fused = run_divergence_loss(x, "torch", AffineTokenLoss(kl_student_teacher=weight))
+    fused = run_divergence_loss(x, "auto", AffineTokenLoss(kl_student_teacher=weight))
     for pack in (True, False):
         seen.clear()
-        called = run_divergence_loss(x, "torch", loss, pack=pack)
+        called = run_divergence_loss(x, "auto", loss, pack=pack)
         assert relative_error(called["grad_student_weight"], fused["grad_student_weight"]) < 1e-6
         positions = torch.cat(seen)
         assert torch.equal(positions, x.mask.nonzero()[:, 0] if pack else torch.arange(64))
@@ -160,7 +160,7 @@ def test_debug_mode_finds_losses_that_are_not_elementwise(monkeypatch):
 
 def test_constant_token_loss_has_zero_gradient():
     result = run_divergence_loss(
-        make_divergence_inputs("near"), "torch", lambda t, i: torch.ones_like(i, dtype=torch.float32)
+        make_divergence_inputs("near"), "auto", lambda t, i: torch.ones_like(i, dtype=torch.float32)
     )
     assert result["loss"] == 37 and result["grad_student_weight"].eq(0).all()
 
@@ -171,8 +171,8 @@ def test_importance_ratio_is_a_factor_without_gradient():
     _, tokens = linear_divergence_loss(**x.tensors())
     old = tokens.student_logprob - torch.linspace(-30, 30, 37)
     ratio = (tokens.student_logprob - old).clamp(-20, 20).exp().clamp(max=2.0)
-    clipped = run_divergence_loss(x, "torch", sdft_token_loss(weight=1.0, old_logprob=old, importance_clip=2.0))
-    weighted = run_divergence_loss(x, "torch", sdft_token_loss(weight=ratio))
+    clipped = run_divergence_loss(x, "auto", sdft_token_loss(weight=1.0, old_logprob=old, importance_clip=2.0))
+    weighted = run_divergence_loss(x, "auto", sdft_token_loss(weight=ratio))
     for name in ("loss", "grad_student_input", "grad_student_weight"):
         assert relative_error(clipped[name], weighted[name]) < 2e-6, name
 
@@ -228,7 +228,7 @@ def test_registered_operator():
 
 def test_same_bits_on_a_second_run():
     x = make_divergence_inputs("near", mask=True, bias=True)
-    first, second = (run_divergence_loss(x, "torch", sdft_token_loss(alpha=0.3)) for _ in range(2))
+    first, second = (run_divergence_loss(x, "auto", sdft_token_loss(alpha=0.3)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
 

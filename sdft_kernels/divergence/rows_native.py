@@ -65,7 +65,7 @@ def divergence_stats(
     tokens: Tensor,  # (8, C) of zeros; receives the fields
 ) -> Tensor:
     """All fields of a tile, for a token loss that is not known yet; returns what `divergence_grad_` needs of them."""
-    state = tokens.new_zeros(len(STATE), tokens.shape[1])
+    state = tokens.new_zeros(len(STATE), tokens.shape[1], dtype=torch.float64)
     _run("stats", student, teacher, transforms, alpha, target, keep, tokens=tokens, state=state)
     return state
 
@@ -78,7 +78,7 @@ def partial_statistics(
     keep: Tensor | None,  # (C,) bool; a row that is not kept holds anything
 ) -> Tensor:
     """(len(PARTIAL), C): the sums of `statistics.PARTIAL` over this part."""
-    partial = student.new_zeros(len(PARTIAL), student.shape[0])
+    partial = student.new_zeros(len(PARTIAL), student.shape[0], dtype=torch.float64)
     _run("partial", student, teacher, transforms, None, target, keep, partial=partial)
     return partial
 
@@ -90,7 +90,7 @@ def repivot_(student: Tensor, teacher: Tensor, partial: Tensor, state: Tensor) -
 def mixture_sums(
     student: Tensor,  # (C, V) raw logits
     teacher: Tensor,  # (C, V) likewise
-    state: Tensor,  # (len(STATE), C)
+    state: Tensor,  # (len(STATE), C), of any floating dtype
     transforms: tuple[Transform, Transform],
     alpha: float,
     keep: Tensor | None,  # (C,) bool
@@ -164,7 +164,8 @@ def _run(
             None if target is None else target.contiguous(),
             None if keep is None else keep.contiguous().view(torch.uint8),
             weights, None if old_logprob is None else old_logprob.contiguous(), importance_clip or 0.0,
-            *factors, transforms[0].slope, alpha, tokens, loss, state, partial, sums, gradient, stream,
+            *factors, transforms[0].slope, alpha, tokens, loss,
+            None if state is None else state.double(), partial, sums, gradient, stream,
         )  # fmt: skip
 
 

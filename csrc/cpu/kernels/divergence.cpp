@@ -243,7 +243,7 @@ void stats(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
       const double state[] = {n.pivot_s,         n.pivot_t,           n.sum_s, n.sum_t, n.kl_student_teacher,
                               n.student_entropy, n.kl_student_mixture};
       for (int64_t k = 0; k < 7; ++k) {
-        task.state[k * task.count + i] = real(state[k]);
+        task.state[k * task.count + i] = state[k];
       }
     }
   }
@@ -251,17 +251,17 @@ void stats(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
 
 template <typename real>
 Numbers<double> numbers_from_state(const DivergenceTask<real>& task, int64_t index) {
-  const real* s = task.state + index;
+  const double* s = task.state + index;
   const int64_t count = task.count;
   Numbers<double> n{};
-  n.pivot_s = double(s[0]);
-  n.pivot_t = double(s[count]);
-  n.sum_s = double(s[2 * count]);
-  n.sum_t = double(s[3 * count]);
+  n.pivot_s = s[0];
+  n.pivot_t = s[count];
+  n.sum_s = s[2 * count];
+  n.sum_t = s[3 * count];
   n.log_ratio = log_ratio(n.sum_s, n.sum_t);
-  n.kl_student_teacher = double(s[4 * count]);
-  n.student_entropy = double(s[5 * count]);
-  n.kl_student_mixture = double(s[6 * count]);
+  n.kl_student_teacher = s[4 * count];
+  n.student_entropy = s[5 * count];
+  n.kl_student_mixture = s[6 * count];
   return n;
 }
 
@@ -298,7 +298,7 @@ void partial(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
                               label_logit<double>(task.student, i, label, task.vocabulary),
                               label_logit<double>(task.teacher, i, label, task.vocabulary)};
     for (int64_t k = 0; k < 11; ++k) {
-      task.partial[k * task.count + i] = real(entries[k]);
+      task.partial[k * task.count + i] = entries[k];
     }
   }
 }
