@@ -35,6 +35,7 @@ def history(trained, keys=("loss", "grad_norm", "kl_teacher_student", "student_e
 @pytest.mark.parametrize("options", [
     dict(teacher_model_kind="frozen"),
     dict(teacher_model_kind="ema", teacher_update_rate=0.3, gradient_accumulation_steps=2, num_generations=2),
+    dict(teacher_model_kind="ema", teacher_update_rate=0.3, teacher_dtype="bfloat16"),
     dict(teacher_model_kind="live", rollouts="teacher", distillation_alpha=0.5),
 ])  # fmt: skip
 def test_resume_gives_the_same_numbers(tmp_path, options):
