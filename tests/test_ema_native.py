@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import os
 import subprocess
@@ -14,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import ema as benchmark
 from sdft_kernels import _native
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -256,6 +258,19 @@ def test_hilo_refuses_bad_input(changed: dict, message: str) -> None:
     given_ = dict(high=half, low=half.clone(), param=torch.zeros(3), rate=0.1) | changed
     with pytest.raises(ValueError, match=message):
         _native.ema_update_hilo_(**given_)
+
+
+@pytest.mark.parametrize("student", ["constant", "walk"])
+def test_benchmark_tells_storages_apart(student: str) -> None:
+    errors = benchmark.errors(student, 0.03, elements=2000, steps=200)
+    common = dict.fromkeys((field.name for field in dataclasses.fields(benchmark.Row)), "")
+    rows = {
+        s: benchmark.Row(**common | dict(storage=s, student=student, student_moved=0.03, error=e))
+        for s, e in errors.items()
+    }
+    assert not benchmark.failures([rows["fp32"], rows["hilo"]])
+    stuck = dataclasses.replace(rows["hilo"], error=errors["bf16"])
+    assert benchmark.failures([rows["fp32"], stuck]), "plain bf16 in the pair's place must be reported"
 
 
 def test_hilo_follows_where_plain_bf16_stands_still() -> None:

@@ -169,6 +169,7 @@ def test_bad_configurations_name_the_fix(tmp_path):
         (dict(rollouts="oracle"), ValueError, "rollouts"),
         (dict(teacher_model_kind="sync"), NotImplementedError, "sync"),
         (dict(teacher_model_kind="best"), ValueError, "best"),
+        (dict(teacher_dtype="float16"), ValueError, "teacher_dtype must be .* got .float16."),
         (dict(teacher_prompt_template="none"), ValueError, "template"),
         (dict(distillation_mode="topk_logits"), NotImplementedError, "topk_logits"),
         (dict(num_generations=0), ValueError, "num_generations"),

@@ -63,11 +63,11 @@ template <typename param_t>
 void update_hilo(uint16_t* high, uint16_t* low, const param_t* param, Step step, int64_t begin, int64_t end) {
   for_lanes(begin, end, [=](int64_t i, int count) __attribute__((always_inline)) {
     const vfloat average = step.moved(load(high + i, count) + load(low + i, count), load(param + i, count));
-    const vbfloat16 upper = round_to_bfloat16(average);
-    const vbfloat16 lower = round_to_bfloat16(average - widen(upper));
-    const auto finite = (upper & BF16_INFINITY) != BF16_INFINITY;
-    store(high + i, upper, count);
-    store(low + i, finite ? lower : vbfloat16{}, count);
+    const vfloat upper = round_to_bfloat16(average);
+    // 0 where upper is finite; inf - inf and NaN - NaN are NaN.
+    const vfloat lower = round_number_to_bfloat16(average - upper);
+    store(high + i, narrow(upper), count);
+    store(low + i, narrow(upper - upper == vfloat{} ? lower : vfloat{}), count);
   });
 }
 
