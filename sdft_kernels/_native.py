@@ -10,6 +10,7 @@ import importlib
 import importlib.util
 import warnings
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -46,13 +47,19 @@ def why_not() -> str:
     return ""
 
 
+@functools.cache
+def host() -> ModuleType | None:
+    """The compiled host code (`python/stubs/_host.pyi`), or None where it is not built."""
+    try:
+        return importlib.import_module(_HOST)
+    except ImportError:
+        return None
+
+
 def build_info() -> dict[str, str]:
     """How the compiled parts were built: compiler, flags, cuda, torch_target, torch_headers. Empty if they were not."""
-    try:
-        host = importlib.import_module(_HOST)
-    except ImportError:
-        return {}
-    info: dict[str, str] = host.build_info()
+    compiled = host()
+    info: dict[str, str] = compiled.build_info() if compiled is not None else {}
     return info
 
 
