@@ -4,6 +4,7 @@ Environment: SDFT_BUILD_EXT=auto|0|1 (auto: build if possible), MAX_JOBS, SDFT_C
 """
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -21,6 +22,13 @@ BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
 TARGETS = ("_ops", "_host")
 STUB = ROOT / "python" / "stubs" / "_host.pyi"
 OLDEST_TORCH = (2, 10)
+# What torch takes these names for in TORCH_CUDA_ARCH_LIST.
+NAMED_ARCHITECTURES = {
+    "ampere": "8.0;8.6+PTX",
+    "ada": "8.9+PTX",
+    "hopper": "9.0+PTX",
+    "blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 # pip also runs this file to ask for metadata; only these commands need the libraries.
 BUILD_COMMANDS = {"bdist_wheel", "build", "build_ext", "develop", "editable_wheel", "install"}
 
@@ -48,42 +56,91 @@ def missing_requirement() -> str | None:
 
 
 def cuda_architectures() -> str:
-    """CMake's list from ours ("80;90a") or from torch's ("8.0 9.0a+PTX"); empty leaves CMakeLists.txt's default."""
-    archs = os.environ.get("SDFT_CUDA_ARCHS") or os.environ.get("TORCH_CUDA_ARCH_LIST") or ""
-    return ";".join(arch.replace(".", "").removesuffix("+PTX") for arch in archs.replace(" ", ";").split(";") if arch)
+    """CMake's list from ours ("80;90a") or from torch's ("8.0 9.0a+PTX", "Hopper"); "" leaves CMakeLists.txt's default.
+
+    To CMake "80" is machine code and PTX, "80-real" machine code alone.
+    """
+    for variable in ("SDFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST"):
+        wished = [item for item in re.split(r"[;,\s]+", os.environ.get(variable, "")) if item]
+        if len(wished) == 1 and wished[0] in ("native", "all", "all-major"):
+            return wished[0]
+        found = []
+        for item in (part for name in wished for part in NAMED_ARCHITECTURES.get(name.lower(), name).split(";")):
+            torchs = re.fullmatch(r"(\d+)\.(\d[af]?)(\+PTX)?", item)
+            if not torchs and not re.fullmatch(r"\d{2,3}[af]?(-real|-virtual)?", item):
+                names = ", ".join(name.capitalize() for name in NAMED_ARCHITECTURES)
+                raise SystemExit(
+                    f"{variable}={os.environ[variable]}: {item!r} is no CUDA architecture; expected a list such as "
+                    f"80;90a or 8.0 9.0a+PTX, or names: {names}"
+                )
+            arch = f"{torchs[1]}{torchs[2]}{'' if torchs[3] else '-real'}" if torchs else item
+            if arch not in found:
+                found.append(arch)
+        if found:
+            return ";".join(found)
+    return ""
 
 
-def cmake_commands() -> list[list[str]]:
+def jobs() -> str:
+    text = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+    if not text.isdecimal() or int(text) < 1:
+        raise SystemExit(f"MAX_JOBS={text}: expected a positive integer")
+    return text
+
+
+def cmake_commands(*options: str) -> list[list[str]]:
     import pybind11
 
     torch_dir = Path(find_spec("torch").origin).parent
     cmake = find_tool("cmake")
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release"]
     configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
-    configure += [f"-DSDFT_TORCH_DIR={torch_dir}", f"-DSDFT_TORCH_VERSION={version('torch')}"]
+    configure += [f"-DSDFT_TORCH_DIR={torch_dir}", f"-DSDFT_TORCH_VERSION={version('torch')}", *options]
     if archs := cuda_architectures():
         configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
     if ninja := find_tool("ninja"):
         configure += ["-G", "Ninja", f"-DCMAKE_MAKE_PROGRAM={ninja}"]
-    jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
-    return [configure, [cmake, "--build", str(BUILD), "--parallel", jobs]]
+    return [configure, [cmake, "--build", str(BUILD), "--parallel", jobs()]]
 
 
-def build_failure() -> str | None:
-    """Build both targets into BUILD. The reason in one line when that fails; the compiler's words are in build.log."""
-    # A cache made by another Python, torch or folder would win over the arguments; the objects are worth keeping.
-    (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
-    BUILD.mkdir(parents=True, exist_ok=True)
-    log = BUILD / "build.log"
+def first_error(text: str) -> str:
+    """The first line of a build's output that says what went wrong. CMake's own headlines only say where."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    for line in lines:
+        if re.search("error|fatal", line, re.IGNORECASE) and not line.startswith(("CMake Error", "-- ")):
+            return line[:300]
+    headline = next((i for i, line in enumerate(lines) if line.startswith("CMake Error")), len(lines))
+    return " ".join(lines[headline : headline + 2])[:300] or "no error line"
+
+
+def run_cmake(log: Path, *options: str) -> str | None:
+    """Configure and build into BUILD, every word into `log`. What went wrong, in one line, or None."""
     with log.open("w") as out:
-        for command in cmake_commands():
+        for command in cmake_commands(*options):
             if subprocess.run(command, stdout=out, stderr=subprocess.STDOUT, cwd=ROOT).returncode:
                 break
         else:
             return None
-    lines = [line.strip() for line in log.read_text(errors="replace").splitlines() if "error" in line.lower()]
-    first = lines[0] if lines else "no error line"
-    return f"the native build failed: {first} (all of it: {log.relative_to(ROOT)})"
+    return f"{first_error(log.read_text(errors='replace'))} (all of it: {log.relative_to(ROOT)})"
+
+
+def build_failure() -> str | None:
+    """Build both targets into BUILD; without CUDA where it fails with. Why neither can be done, or None."""
+    # A cache made by another Python, torch or folder would win over the arguments; the objects are worth keeping.
+    (BUILD / "CMakeCache.txt").unlink(missing_ok=True)
+    BUILD.mkdir(parents=True, exist_ok=True)
+    log = BUILD / "build.log"
+    failure = run_cmake(log)
+    if failure and any((ROOT / "csrc" / "cuda").glob("*.cu")):
+        with_cuda = log.replace(BUILD / "build-with-cuda.log")
+        why = failure.replace(log.name, with_cuda.name)
+        failure = run_cmake(log, "-DSDFT_CUDA=OFF", f"-DSDFT_CUDA_WHY_NOT=the build with CUDA failed: {why}")
+    if failure:
+        return f"the native build failed: {failure}"
+    missing = re.search(r"CUDA operators: none: (.*)", log.read_text(errors="replace"))
+    if missing:
+        print(f"sdft_kernels: building without CUDA operators ({missing[1]})", file=sys.stderr)
+    return None
 
 
 class CopyNative(build_ext):

@@ -3,6 +3,7 @@
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
   m.def("ema_update_(Tensor(a!) ema, Tensor param, float rate) -> ()");
+  m.def("ema_update_hilo_(Tensor(a!) high, Tensor(b!) low, Tensor param, float rate) -> ()");
   // Stages: affine | stats | gradient | partial | mixture, each with the arguments that it reads and writes (all
   // written ones in place). A softcap of none has an inner factor of 0.
   m.def(

@@ -102,6 +102,71 @@ def test_ema_is_exact_in_fp32(dtype, device):
     assert teacher.distance().item() == pytest.approx(gap.item(), rel=1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", [None, "cpu"])
+def test_compensated_ema_follows_the_exact_one(dtype, device):
+    model = tiny.model().to(dtype)
+    teacher = make_teacher(model, "ema", ema_rate=0.01, device=device, ema_dtype=torch.bfloat16)
+    start = {n: p.detach().double() for n, p in model.named_parameters()}
+    expected = dict(start)
+    for _ in range(60):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                parameter.add_(0.003 * torch.randn(parameter.shape).to(dtype))
+        teacher.update()
+        for name, parameter in model.named_parameters():
+            expected[name] = expected[name] + 0.01 * (parameter.detach().double() - expected[name])
+    for name, state in teacher.state.items():
+        average = teacher.average(name)
+        assert state.dtype == teacher.low[name].dtype == torch.bfloat16 and average.dtype == torch.float32
+        assert (average.double() - expected[name]).norm() < 0.01 * (expected[name] - start[name]).norm()
+        if dtype == torch.bfloat16:
+            assert teacher.copies[name].data_ptr() == state.data_ptr()  # no second copy
+        else:
+            assert torch.equal(teacher.copies[name], average.to(dtype))
+    gap = sum(((p.detach().double() - expected[n]) ** 2).sum() for n, p in model.named_parameters()).sqrt()
+    assert teacher.distance().item() == pytest.approx(gap.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(("dtype", "fp32", "pair"), [(torch.bfloat16, 6, 4), (torch.float32, 4, 8)])
+def test_bytes_of_an_ema_by_its_dtype(dtype, fp32, pair):
+    model = tiny.model().to(dtype)
+    count = sum(p.numel() for p in model.parameters())
+    assert make_teacher(model, "ema").nbytes == fp32 * count
+    assert make_teacher(model, "ema", ema_dtype=torch.bfloat16).nbytes == pair * count
+
+
+def test_compensated_state_survives_a_round_trip_bit_by_bit():
+    model = tiny.model().to(torch.bfloat16)
+    distiller = SelfDistiller(model, "ema", ema_rate=0.3, ema_dtype=torch.bfloat16)
+    moved(model)
+    distiller.teacher.update()
+    assert all(low.any() for low in distiller.teacher.low.values())
+    fresh = SelfDistiller(tiny.model().to(torch.bfloat16), "ema", ema_rate=0.3, ema_dtype=torch.bfloat16)
+    saved = {name: tensor.clone() for name, tensor in distiller.state_dict().items()}
+    fresh.load_state_dict(saved)
+    fresh.model.load_state_dict(model.state_dict())
+    for distilled in (distiller, fresh):
+        distilled.teacher.update()
+    assert fresh.teacher.updates == 2
+    for name, tensor in distiller.state_dict().items():
+        assert torch.equal(fresh.state_dict()[name], tensor), name
+    with fresh.teacher.active() as a:
+        logits_fresh = logits(a)
+    with distiller.teacher.active() as b:
+        assert torch.equal(logits_fresh, logits(b))
+
+
+def test_state_of_another_ema_dtype_is_refused_both_ways():
+    pair, plain = (make_teacher(tiny.model(), "ema", ema_dtype=d) for d in (torch.bfloat16, torch.float32))
+    with pytest.raises(ValueError, match=r"kept with ema_dtype=torch.float32, this teacher's has torch.bfloat16"):
+        pair.load_state_dict(plain.state_dict())
+    with pytest.raises(ValueError, match=r"kept with ema_dtype=torch.bfloat16, this teacher's has torch.float32"):
+        plain.load_state_dict(pair.state_dict())
+    with pytest.raises(ValueError, match=r"ema_dtype must be torch.float32 or torch.bfloat16, got torch.float16"):
+        make_teacher(tiny.model(), "ema", ema_dtype=torch.float16)
+
+
 def test_ema_at_rate_one_is_the_student():
     model = tiny.model()
     teacher = make_teacher(model, "ema", ema_rate=1.0)

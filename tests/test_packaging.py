@@ -7,10 +7,12 @@ import re
 import shutil
 import subprocess
 import sys
+import venv
 import warnings
 import zipfile
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
@@ -58,6 +60,38 @@ def setup(
         text=True,
         timeout=300,
     )
+
+
+LOADED = (
+    "from sdft_kernels import _native as n; assert n.has_native(), n.why_not(); assert n.host() is not None;"
+    "print(n.build_info()['torch_target'], n.__file__)"
+)
+
+
+def clean_venv(folder: Path) -> Path:
+    """The Python of a new environment that sees this one's libraries (torch) after its own."""
+    venv.create(folder, with_pip=False)
+    (site,) = folder.glob("lib/python*/site-packages")
+    (site / "torch.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    return folder / "bin" / "python"
+
+
+def _outside_env(**more: str) -> dict[str, str]:
+    return {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | more
+
+
+def pip_install(python: Path, *arguments: str, **env: str) -> None:
+    """`pip install` into the environment of `python`; what is installed elsewhere does not count, no index is asked."""
+    command = [str(python), "-m", "pip", "install", "--ignore-installed", "--no-index", "--no-deps", *arguments]
+    done = subprocess.run(command, env=_outside_env(MAX_JOBS="2", **env), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def run_in(python: Path, folder: Path, code: str) -> str:
+    """What `code` prints, run in `folder`."""
+    done = subprocess.run([python, "-c", code], cwd=folder, env=_outside_env(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout
 
 
 def only_wheel(folder: Path) -> Path:
@@ -161,21 +195,167 @@ def test_sdist_builds_a_native_wheel(checkout: Path, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr
     wheel = only_wheel(tmp_path / "wheel")
     assert "-none-any" not in wheel.name
-    with zipfile.ZipFile(wheel) as built:
-        built.extractall(tmp_path / "installed")
-    installed = tmp_path / "installed" / "sdft_kernels"
+    python = clean_venv(tmp_path / "venv")
+    pip_install(python, str(wheel))
+    installed = Path(run_in(python, tmp_path, "import sdft_kernels; print(sdft_kernels.__path__[0])").strip())
+    assert installed.is_relative_to(tmp_path / "venv")
     assert (installed / "_host.pyi").read_text() == (ROOT / "python" / "stubs" / "_host.pyi").read_text()
     assert not (installed / "_build_reason.txt").exists()
-    code = (
-        "from sdft_kernels import _native as n; assert n.has_native(), n.why_not(); print(n.build_info(), n.__file__)"
-    )
-    loaded = subprocess.run([sys.executable, "-c", code], cwd=installed.parent, capture_output=True, text=True)
-    assert loaded.returncode == 0, loaded.stderr
-    assert str(installed) in loaded.stdout
+    assert run_in(python, tmp_path, LOADED).split() == ["2.10", str(installed / "_native.py")]
     for library in installed.glob("*.so"):
         content = library.read_bytes()
         assert str(source).encode() not in content, f"{library.name} carries the build folder"
         assert os.fsencode(os.path.dirname(torch.__file__)) not in content, f"{library.name} carries torch's folder"
+
+
+@pytest.mark.slow
+@needs_toolchain
+def test_editable_install_is_native_and_follows_the_checkout(checkout: Path, tmp_path: Path) -> None:
+    python = clean_venv(tmp_path / "venv")
+    pip_install(python, "--no-build-isolation", "-e", str(checkout), SDFT_BUILD_EXT="1")
+    package = checkout / "sdft_kernels"
+    assert run_in(python, tmp_path, LOADED).split() == ["2.10", str(package / "_native.py")]
+    (package / "_version.py").write_text('__version__ = "9.9.9"\n')
+    assert run_in(python, tmp_path, "import sdft_kernels; print(sdft_kernels.__version__)") == "9.9.9\n"
+
+
+@pytest.fixture
+def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
+    """setup.py as a module, its `setup()` not called, building into `tmp_path`, where csrc/cuda has one source."""
+    monkeypatch.setattr("setuptools.setup", lambda **_: None)
+    monkeypatch.setattr(sys, "argv", ["setup.py"])
+    for name in ("SDFT_BUILD_EXT", "SDFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
+        monkeypatch.delenv(name, raising=False)
+    spec = spec_from_file_location("sdft_setup", ROOT / "setup.py")
+    assert spec is not None and spec.loader is not None
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "ROOT", tmp_path)
+    monkeypatch.setattr(module, "BUILD", tmp_path / "build")
+    (tmp_path / "csrc" / "cuda").mkdir(parents=True)
+    (tmp_path / "csrc" / "cuda" / "probe.cu").write_text("__global__ void probe_kernel() {}\n")
+    return module
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "expected"),
+    [
+        ("SDFT_CUDA_ARCHS", "80;90a", "80;90a"),
+        ("SDFT_CUDA_ARCHS", " 80, 90a-real ,120-virtual;", "80;90a-real;120-virtual"),
+        ("SDFT_CUDA_ARCHS", "native", "native"),
+        ("TORCH_CUDA_ARCH_LIST", "8.0 9.0a+PTX", "80-real;90a"),
+        ("TORCH_CUDA_ARCH_LIST", "8.6;12.0", "86-real;120-real"),
+        ("TORCH_CUDA_ARCH_LIST", "Hopper", "90"),
+        ("TORCH_CUDA_ARCH_LIST", "ampere;Ada 8.0", "80-real;86;89"),
+        ("TORCH_CUDA_ARCH_LIST", "", ""),
+    ],
+)
+def test_cuda_architectures_reach_cmake(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, variable: str, value: str, expected: str
+) -> None:
+    pytest.importorskip("pybind11")
+    monkeypatch.setenv(variable, value)
+    assert build.cuda_architectures() == expected
+    given = [word for word in build.cmake_commands()[0] if word.startswith("-DCMAKE_CUDA_ARCHITECTURES=")]
+    assert given == ([f"-DCMAKE_CUDA_ARCHITECTURES={expected}"] if expected else [])
+
+
+def test_our_variable_of_architectures_goes_before_torchs(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0")
+    monkeypatch.setenv("SDFT_CUDA_ARCHS", "90a")
+    assert build.cuda_architectures() == "90a"
+
+
+@pytest.mark.parametrize("value", ["Hoper", "sm_90", "9", "8.0 Kepler", "9.0+ptx", "native;80"])
+def test_what_is_no_cuda_architecture_is_named(build: ModuleType, monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", value)
+    bad = re.escape(next(word for word in re.split("[; ]", value) if word not in ("8.0", "80")))
+    with pytest.raises(SystemExit, match=f"TORCH_CUDA_ARCH_LIST={re.escape(value)}: '{bad}' is no CUDA architecture"):
+        build.cuda_architectures()
+
+
+def test_max_jobs_is_the_number_of_compilers(build: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pybind11")
+    assert build.cmake_commands()[1][-2:] == ["--parallel", str(os.cpu_count())]
+    monkeypatch.setenv("MAX_JOBS", "3")
+    assert build.cmake_commands()[1][-2:] == ["--parallel", "3"]
+    for bad in ("0", "many", "-1"):
+        monkeypatch.setenv("MAX_JOBS", bad)
+        with pytest.raises(SystemExit, match=f"MAX_JOBS={bad}: expected a positive integer"):
+            build.cmake_commands()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")
+@needs_toolchain
+def test_broken_nvcc_is_said_by_cmake_and_by_env(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Configured for real, with the checkout's CMakeLists.txt; the compiler's words contain what C must escape."""
+    shutil.copy2(ROOT / "CMakeLists.txt", tmp_path)
+    for folder in ("csrc", "python"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, dirs_exist_ok=True)
+    nvcc = tmp_path / "bin" / "nvcc"
+    nvcc.parent.mkdir()
+    nvcc.write_text("#!/bin/sh\necho >&2\necho 'nvcc fatal : \"licence\" \\gone' >&2\nexit 3\n")
+    nvcc.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{nvcc.parent}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("CUDACXX", str(nvcc))
+    done = subprocess.run(build.cmake_commands()[0], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    reason = f"none: {nvcc} does not work: nvcc fatal : 'licence' 'gone"
+    assert f"sdft_kernels: CUDA operators: {reason}" in done.stdout
+    header = (tmp_path / "build" / "generated" / "build_config.h").read_text()
+    assert f'#define SDFT_CUDA "{reason}"\n' in header
+
+
+def test_build_that_fails_with_cuda_is_done_without(
+    build: ModuleType, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = []
+
+    def commands(*options: str) -> list[list[str]]:
+        runs.append(options)
+        why = next((option.partition("=")[2] for option in options if "WHY_NOT" in option), "")
+        said = f"-- sdft_kernels: CUDA operators: none: {why}" if why else "CMake Error at x:\nnvcc fatal : no sm_35"
+        return [[sys.executable, "-c", f"print({said!r}); raise SystemExit({0 if why else 1})"]]
+
+    monkeypatch.setattr(build, "cmake_commands", commands)
+    assert build.build_failure() is None
+    why = "the build with CUDA failed: nvcc fatal : no sm_35 (all of it: build/build-with-cuda.log)"
+    assert runs == [(), ("-DSDFT_CUDA=OFF", f"-DSDFT_CUDA_WHY_NOT={why}")]
+    assert capsys.readouterr().err == f"sdft_kernels: building without CUDA operators ({why})\n"
+    assert "nvcc fatal" in (build.BUILD / "build-with-cuda.log").read_text()
+
+    runs.clear()
+    shutil.rmtree(build.ROOT / "csrc")  # nothing of CUDA's to leave out
+    assert build.build_failure() == "the native build failed: nvcc fatal : no sm_35 (all of it: build/build.log)"
+    assert runs == [()]
+
+
+@pytest.mark.parametrize(
+    ("output", "line"),
+    [
+        (
+            "-- Found x\nCMake Error at a.cmake:3 (message):\n\n  no compiler\n",
+            "CMake Error at a.cmake:3 (message): no compiler",
+        ),
+        ("CMake Error at a.cmake:3:\n nvcc fatal : sm_35\n-- errors occurred!", "nvcc fatal : sm_35"),
+        ("a.cpp:1:2: error: not today\nb.cpp: error: later", "a.cpp:1:2: error: not today"),
+        ("Killed", "no error line"),
+    ],
+)
+def test_first_line_that_says_what_went_wrong(build: ModuleType, output: str, line: str) -> None:
+    assert build.first_error(output) == line
+
+
+@native
+def test_env_repeats_what_was_built(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    from sdft_kernels.cli import __main__ as cli
+
+    monkeypatch.setattr(_native, "build_info", lambda: {"cuda": "none: /usr/bin/nvcc does not work: nvcc fatal"})
+    assert cli.main(["env"]) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("native extension"))
+    assert "built (cuda=none: /usr/bin/nvcc does not work: nvcc fatal)" in line
 
 
 def _library(name: str) -> str:
@@ -213,71 +393,6 @@ def test_build_info_describes_the_build() -> None:
     assert info["torch_target"] == "2.10"
     assert re.search(r"\d", info["compiler"])
     assert str(ROOT) not in " ".join(info.values())
-
-
-@native
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("rate", [0.0, 0.01, 0.5, 0.9, 1.0])
-def test_native_ema_equals_its_twin(dtype: torch.dtype, rate: float) -> None:
-    ema, param = torch.randn(3, 40_001), torch.randn(3, 40_001).to(dtype)
-    expected = ema.clone()
-    _native._ema_update_torch(expected, param, rate)
-    version = ema._version
-    assert _native._fits_native(ema, param)
-    assert _native.ema_update_(ema, param, rate) is ema
-    assert ema._version > version
-    torch.testing.assert_close(ema, expected, rtol=1e-6, atol=1e-6)
-    if rate == 1.0:
-        assert torch.equal(ema, param.float())
-
-
-@native
-def test_native_ema_passes_opcheck() -> None:
-    torch.library.opcheck(torch.ops.sdft_kernels.ema_update_.default, (torch.randn(7), torch.randn(7), 0.1))
-
-
-@native
-def test_native_ema_refuses_what_it_cannot_do() -> None:
-    op = torch.ops.sdft_kernels.ema_update_
-    with pytest.raises(RuntimeError, match="ema must be fp32"):
-        op(torch.randn(3).double(), torch.randn(3), 0.1)
-    with pytest.raises(RuntimeError, match="dimension 0 ema has size 3, param has size 4"):
-        op(torch.randn(3), torch.randn(4), 0.1)
-    with pytest.raises(RuntimeError, match="contiguous"):
-        op(torch.randn(3, 4).t(), torch.randn(4, 3), 0.1)
-
-
-@pytest.mark.parametrize("strided", [False, True])
-def test_ema_without_native_code(monkeypatch: pytest.MonkeyPatch, strided: bool) -> None:
-    monkeypatch.setattr(_native, "has_native", lambda: False)
-    ema, param = torch.zeros(4, 6), torch.ones(4, 6, requires_grad=True)
-    view = ema.t() if strided else ema
-    for _ in range(10):
-        _native.ema_update_(view, param.t() if strided else param, 0.1)
-    torch.testing.assert_close(ema, torch.full((4, 6), 1 - 0.9**10))
-    assert not ema.requires_grad
-
-
-def test_ema_of_a_bf16_parameter_keeps_what_bf16_would_round_away() -> None:
-    ema, param = torch.ones(64), torch.full((64,), 1.0078125, dtype=torch.bfloat16)
-    for _ in range(100):
-        _native.ema_update_(ema, param, 0.01)
-    torch.testing.assert_close(ema, torch.full((64,), 1 + 0.0078125 * (1 - 0.99**100)), rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize(
-    ("ema", "param", "rate", "message"),
-    [
-        (torch.zeros(3, dtype=torch.bfloat16), torch.zeros(3), 0.1, "ema must be torch.float32, got torch.bfloat16"),
-        (torch.zeros(3), torch.zeros(3, dtype=torch.int64), 0.1, "param must have a floating dtype, got torch.int64"),
-        (torch.zeros(3), torch.zeros(4), 0.1, r"param must have ema's shape \(3,\), got \(4,\)"),
-        (torch.zeros(3), torch.zeros(3), 1.5, r"rate must be in \[0, 1\], got 1.5"),
-        (torch.zeros(3), torch.zeros(3), float("nan"), r"rate must be in \[0, 1\], got nan"),
-    ],
-)
-def test_ema_refuses_bad_input(ema: torch.Tensor, param: torch.Tensor, rate: float, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        _native.ema_update_(ema, param, rate)
 
 
 def test_library_that_does_not_load_is_explained(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -35,6 +35,7 @@ def history(trained, keys=("loss", "grad_norm", "kl_teacher_student", "student_e
 @pytest.mark.parametrize("options", [
     dict(teacher_model_kind="frozen"),
     dict(teacher_model_kind="ema", teacher_update_rate=0.3, gradient_accumulation_steps=2, num_generations=2),
+    dict(teacher_model_kind="ema", teacher_update_rate=0.3, teacher_dtype="bfloat16"),
     dict(teacher_model_kind="live", rollouts="teacher", distillation_alpha=0.5),
 ])  # fmt: skip
 def test_resume_gives_the_same_numbers(tmp_path, options):
@@ -168,6 +169,7 @@ def test_bad_configurations_name_the_fix(tmp_path):
         (dict(rollouts="oracle"), ValueError, "rollouts"),
         (dict(teacher_model_kind="sync"), NotImplementedError, "sync"),
         (dict(teacher_model_kind="best"), ValueError, "best"),
+        (dict(teacher_dtype="float16"), ValueError, "teacher_dtype must be .* got .float16."),
         (dict(teacher_prompt_template="none"), ValueError, "template"),
         (dict(distillation_mode="topk_logits"), NotImplementedError, "topk_logits"),
         (dict(num_generations=0), ValueError, "num_generations"),

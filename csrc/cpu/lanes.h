@@ -19,7 +19,6 @@ constexpr int LANES = LANE_BYTES / static_cast<int>(sizeof(float));
 using vfloat = float __attribute__((vector_size(LANE_BYTES)));
 using vint = int32_t __attribute__((vector_size(LANE_BYTES)));  // comparisons of vfloat give this: -1 or 0
 using vuint = uint32_t __attribute__((vector_size(LANE_BYTES)));
-using vbf16 = uint16_t __attribute__((vector_size(LANE_BYTES / 2)));
 
 static inline vfloat load(const float* from) {
   vfloat value;

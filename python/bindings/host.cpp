@@ -1,3 +1,5 @@
+#include "host.h"
+
 #include <pybind11/pybind11.h>
 
 #include "build_config.h"
@@ -22,4 +24,5 @@ PYBIND11_MODULE(_host, m) {
   m.def("build_info", &build_info,
         "How the compiled parts were built: compiler, flags, cuda (compiler and architectures), torch_target (oldest "
         "torch the operators load in) and torch_headers (the torch they were compiled against).");
+  bind_prefix_tree(m);
 }

@@ -49,7 +49,8 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
     add("--teacher", default=None, help="frozen, live or ema (default: frozen with --lora-r, else ema)")
     add("--ema-rate", type=float, default=0.01, help="share of the student in every EMA update (%(default)s)")
-    add("--ema-device", default=None, help="where the fp32 EMA state lives, e.g. cpu (default: beside the parameters)")
+    add("--ema-device", default=None, help="where the EMA state lives, e.g. cpu (default: beside the parameters)")
+    add("--ema-dtype", default="float32", choices=("float32", "bfloat16"), help="of the EMA state (bfloat16: a pair)")
     add("--rollouts", default="student", choices=("student", "teacher", "dataset", "given"), help="completions")
     add("--loss", default="kl", choices=("kl", "ce"), help="divergence to the teacher, or cross-entropy")
     add("--alpha", type=float, default=0.0, help="0: KL(teacher||student), 1: KL(student||teacher), else JSD")
@@ -166,6 +167,7 @@ def _config(args: argparse.Namespace) -> Any:
         teacher_model_kind=args.teacher,
         teacher_update_rate=args.ema_rate,
         teacher_device=args.ema_device,
+        teacher_dtype=args.ema_dtype,
         rollouts=args.rollouts,
         loss=args.loss,
         distillation_alpha=args.alpha,

@@ -54,7 +54,10 @@ class SDFTConfig(TrainingArguments):
         None, "frozen (TRL: base), live or ema. None: frozen under LoRA, else ema."
     )
     teacher_update_rate: float = _option(0.01, "Share of the student in every EMA update.")
-    teacher_device: str | None = _option(None, "Where the fp32 EMA state lives ('cpu'). None: beside the parameters.")
+    teacher_device: str | None = _option(None, "Where the EMA state lives ('cpu'). None: beside the parameters.")
+    teacher_dtype: Literal["float32", "bfloat16"] = _option(
+        "float32", "Of the EMA state: float32, or bfloat16 for a compensated pair, smaller where the model is bf16."
+    )
     teacher_prompt_template: str = _option(
         "turn", "turn, paper, trl, or a string with {prompt} and {privileged_context}."
     )
@@ -77,6 +80,8 @@ class SDFTConfig(TrainingArguments):
             raise NotImplementedError(f"teacher_model_kind={kind!r} is not supported yet; use one of {KINDS}")
         if kind is not None and kind not in KINDS:
             raise ValueError(f"teacher_model_kind must be one of {KINDS} or None, got {self.teacher_model_kind!r}")
+        if self.teacher_dtype not in ("float32", "bfloat16"):
+            raise ValueError(f"teacher_dtype must be 'float32' or 'bfloat16', got {self.teacher_dtype!r}")
         if self.distillation_mode != "full_logits":
             raise NotImplementedError(
                 f"distillation_mode={self.distillation_mode!r} is not supported yet; 'full_logits' distills the whole "

@@ -52,7 +52,8 @@ class SelfDistiller:
         model: the student; the caller owns its mode, device and dtype. PEFT models (LoRA on the backbone) are fine.
         teacher: see `make_teacher`: None (frozen under LoRA, else ema), "frozen", "live", "ema", a model, a `Teacher`.
         ema_rate: share of the student in every EMA update.
-        ema_device: where the fp32 EMA state lives; None is beside the parameters.
+        ema_device: where the EMA state lives; None is beside the parameters.
+        ema_dtype: of the EMA state: fp32, or bf16 for a compensated pair of bf16 tensors (`make_teacher`).
         alpha: 0 is KL(teacher || student), the paper's code; 1 is KL(student || teacher); between, the generalized JSD.
         temperature: of both distributions.
         skip_first_tokens: completion tokens left out at the start of every completion (the paper's code: 3).
@@ -81,6 +82,7 @@ class SelfDistiller:
         importance_clip: float | None = None,
         *,
         ema_device: torch.device | str | None = None,
+        ema_dtype: torch.dtype = torch.float32,
         sampling_clip: float = 2.0,
         loss: Literal["kl", "ce"] = "kl",
         token_loss: AffineTokenLoss | Any | None = None,
@@ -94,7 +96,7 @@ class SelfDistiller:
         if verify:
             verify_head(model)
         self.model = model
-        self.teacher = make_teacher(model, teacher, ema_rate=ema_rate, device=ema_device)
+        self.teacher = make_teacher(model, teacher, ema_rate=ema_rate, device=ema_device, ema_dtype=ema_dtype)
         if isinstance(self.teacher, ModelTeacher):
             _check_vocabulary(head_spec(model), self.teacher.head())
         self.alpha, self.temperature, self.skip_first_tokens = float(alpha), float(temperature), skip_first_tokens

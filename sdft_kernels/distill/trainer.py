@@ -111,6 +111,7 @@ class SDFTTrainer(Trainer):
             teacher if teacher is not None else ("live" if args.loss == "ce" else args.teacher_model_kind),
             ema_rate=args.teacher_update_rate,
             ema_device=args.teacher_device,
+            ema_dtype=getattr(torch, args.teacher_dtype),
             alpha=args.distillation_alpha,
             temperature=args.temperature,
             skip_first_tokens=args.num_loss_tokens_to_skip,

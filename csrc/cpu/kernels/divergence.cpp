@@ -1,3 +1,4 @@
+#include "bfloat16.h"
 #include "divergence_rows.h"
 #include "lanes_math.h"
 #include "sdft_kernels/divergence_row.h"
@@ -152,11 +153,8 @@ static inline void store_gradient(real* to, lane_t<real> value, int64_t left) {
 }
 
 static inline void store_gradient(uint16_t* to, vfloat value, int64_t left) {
-  const vuint bits = bits_as<vuint>(value);
-  const vuint rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const vuint chosen = value == value ? rounded : vuint{} + 0x7fc0u;
-  const vbf16 narrow = __builtin_convertvector(chosen, vbf16);
-  std::memcpy(to, &narrow, static_cast<size_t>(smaller(left, LANES)) * sizeof(uint16_t));
+  const vbfloat16 rounded = narrow(round_to_bfloat16(value));
+  std::memcpy(to, &rounded, static_cast<size_t>(smaller(left, LANES)) * sizeof(uint16_t));
 }
 
 // True in the lane of this number.
