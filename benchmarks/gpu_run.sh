@@ -105,16 +105,16 @@ build_native() {
     done
     rm -f "$source"/sdft_kernels/*.so
   fi
-  stage build 60 env --chdir="$source" SDFT_BUILD_EXT=1 "$python" setup.py -q build_ext --inplace
+  stage build 60 env --chdir="$source" SDFT_BUILD_EXT=1 SDFT_CUDA_ARCHS=90a "$python" setup.py -q build_ext --inplace
 }
 
 run_tests() {
-  local files=(tests/test_gpu.py tests/test_divergence_triton.py tests/test_vocab_parallel.py)
+  local files=(tests/test_gpu.py tests/test_divergence_rows.py tests/test_divergence_triton.py tests/test_vocab_parallel.py)
   local options=(-q -p no:cacheprovider --durations=10)
   if $dry_run; then # without a GPU the kernels are interpreted, which takes minutes: one shape
-    options+=(-k "test_gpu or (test_ragged_vocabularies and 17)")
+    options+=(-k "test_gpu or (test_ragged_vocabularies and triton-17)")
   else
-    options+=(-k "test_gpu or test_divergence_triton or both_row_kernels")
+    options+=(-k "test_gpu or (test_divergence_rows and (triton or gpu)) or test_divergence_triton or both_row_kernels")
     # Each process has a device context of its own; peaks of memory are counted per process.
     if has_module xdist; then options+=(-n 6); fi
   fi
@@ -122,7 +122,7 @@ run_tests() {
 }
 
 run_sanitizer() {
-  local target=("$python" -m benchmarks.gpu_kernels --device "$device" --impl "$impl") tool sanitizer
+  local target=("$python" -m benchmarks.gpu_kernels --device "$device" --impl "${impls[@]}") tool sanitizer
   stage kernels 70 "${target[@]}" # also compiles what the next two run
   sanitizer=$(command -v compute-sanitizer) || sanitizer=/usr/local/cuda/bin/compute-sanitizer
   for tool in memcheck racecheck; do
@@ -157,12 +157,12 @@ bench() { # NAME LIMIT_S REPEATS SHAPES VARIANTS OPTIONS...
 }
 
 if $dry_run; then
-  device=cpu impl=torch
+  device=cpu impls=(torch)
   large=64,32,512 shapes=$large threads=1
   ours="sdft benchmarks.variants:sdft_jsd"
   peers="plain liger_triton"
 else
-  device=cuda impl=triton
+  device=cuda impls=(triton native)
   large=8192,4096,151936 shapes="$large 4096,2048,128256" threads=4
   ours="sdft benchmarks.variants:sdft_callable benchmarks.variants:sdft_jsd sdft_tokens"
   peers="trl_kernel liger_triton liger_chunked plain"
@@ -187,6 +187,7 @@ bench bench_ours 190 "$repeats" "$shapes" "$ours"
 summarize >"$work/summary.log" 2>&1
 if ! $dry_run; then repeats=3; fi
 bench bench_peers 170 "$repeats" "$shapes" "$peers"
+bench bench_native 60 "$repeats" "$shapes" sdft --impl native
 bench bench_torch 60 "$repeats" "$large" sdft --impl torch
 
 summarize

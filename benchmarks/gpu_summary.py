@@ -23,7 +23,7 @@ OUTPUTS = {
     "check.txt": ("check",),
     "sanitizer.txt": ("kernels", "memcheck", "racecheck"),
 }
-TABLES = {"loss": ("bench_ours", "bench_peers", "bench_torch"), "numerics": ("numerics",)}
+TABLES = {"loss": ("bench_ours", "bench_peers", "bench_native", "bench_torch"), "numerics": ("numerics",)}
 # A stage that ran out of time, by what `timeout` answers: its signal was enough, or it had to kill.
 TIMED_OUT = ("124", "137")
 # One H100, N=8192 H=4096 V=151936: time over the four GEMMs, and MiB beyond inputs, gradients and an fp32 accumulator.

@@ -40,16 +40,12 @@ class Implementation:
     impl: str  # of the op
     rows: Any
     device: torch.device
+    has_pair: bool = True  # the two kernels around a callable, which the CUDA C++ rows lack
 
     @property
     def precision(self):
         """fp64 where it runs: a GPU passes scalars to a Triton kernel in fp32, so there the dispatch refuses fp64."""
         return (torch.float32, 1e-5) if self.device.type == "cuda" else (torch.float64, 1e-10)
-
-    @property
-    def has_pair(self):
-        """The two kernels around a callable, which the CUDA C++ rows lack."""
-        return self.impl != "cuda"
 
 
 CPU = torch.device("cpu")
@@ -57,8 +53,13 @@ CPU = torch.device("cpu")
 EMULATED = {"cuda": EmulatedRows(blocks=2, threads=64), "cuda_reread": EmulatedRows(1, 32, resident=False)}
 
 
-@pytest.fixture(params=("native", "triton", *EMULATED))
+@pytest.fixture(params=("native", "triton", "native_on_gpu", *EMULATED))
 def tested(request, monkeypatch):
+    if request.param == "native_on_gpu":
+        why = _dispatch.why_not("native", "linear_divergence", "cuda") if torch.cuda.is_available() else "no GPU"
+        if why:
+            pytest.skip(why)
+        return Implementation("native_on_gpu", "native", rows_native, torch.device("cuda"), has_pair=False)
     if request.param == "triton":
         rows_triton = pytest.importorskip("sdft_kernels.divergence.rows_triton")
         return Implementation("triton", "triton", rows_triton, request.getfixturevalue("interpreted"))
@@ -73,7 +74,7 @@ def tested(request, monkeypatch):
     monkeypatch.setitem(_dispatch._WRITTEN, "linear_divergence", ("reference", "torch", "cuda"))
     monkeypatch.setattr(_dispatch, "IMPLEMENTATIONS", (*_dispatch.IMPLEMENTATIONS, "cuda"))
     monkeypatch.setattr(driver, "rows_of", lambda impl: rows if impl == "cuda" else rows_of(impl))
-    return Implementation(request.param, "cuda", rows, CPU)
+    return Implementation(request.param, "cuda", rows, CPU, has_pair=False)
 
 
 @pytest.mark.parametrize("transforms", TRANSFORMS)

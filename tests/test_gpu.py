@@ -8,7 +8,7 @@ import functools
 import pytest
 import torch
 
-from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss, linear_token_logprob
+from sdft_kernels import AffineTokenLoss, _dispatch, linear_divergence, linear_divergence_loss, linear_token_logprob
 from sdft_kernels._gemm import Gemm, exact_matmul
 from sdft_kernels.testing import (
     assert_within_budget,
@@ -27,14 +27,14 @@ from sdft_kernels.testing import (
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 
 DEVICE = torch.device("cuda")
-IMPLS = ("triton", "torch")
+IMPLS = ("triton", "native", "torch")
 VOCABULARIES = (32_003, 151_936)  # odd: no row of logits is aligned but for the padding; and Qwen's
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 BF16_GRADIENT_ERROR = 0.004  # design bar; eager bf16 logits are at 5 to 200 %
 KL_ERROR = 0.01  # design bar at a KL of 1e-4; "near" is there
 MIB = 2**20
 # Several chunks of 61 tokens at 32,003: two tiles, and for the PyTorch rows 39 MiB of scratch and a rounded copy.
-SMALL_BUDGET = {"triton": 8 * MIB, "torch": 48 * MIB}
+SMALL_BUDGET = {"triton": 8 * MIB, "native": 8 * MIB, "torch": 48 * MIB}
 
 
 @functools.lru_cache(maxsize=4)
@@ -45,6 +45,16 @@ def drawn(kind, tokens, vocabulary, hidden, dtype, **options):
 def draw(kind="near", tokens=61, vocabulary=32_003, hidden=64, dtype=torch.float32, **options):
     """Drawn on the CPU, where the seed means the same everywhere, and copied: no test sees another's gradients."""
     return drawn(kind, tokens, vocabulary, hidden, dtype, **options).to(dtype, DEVICE)
+
+
+@pytest.fixture(autouse=True)
+def _has_a_kernel(request):
+    """The native rows are there where they were built for CUDA, and on CUDA for affine losses only."""
+    arguments = getattr(request.node, "callspec", None)
+    if arguments is not None and arguments.params.get("impl") == "native":
+        why = _dispatch.why_not("native", "linear_divergence", DEVICE)
+        if why or arguments.params.get("loss") == "callable":
+            pytest.skip(why or "no native kernel for callables on CUDA")
 
 
 @pytest.fixture(autouse=True)
@@ -196,7 +206,7 @@ def test_gradient_over_many_chunks_of_bf16(impl):
     """The design's bar, at a real vocabulary: N = 2048 in 8 chunks and more, teacher next to student."""
     x = draw("nearer", tokens=2048, vocabulary=32_003, dtype=torch.bfloat16)
     truth = run_divergence_loss(x.to(torch.float64), "reference")
-    actual = run_divergence_loss(x, impl, memory_budget={"triton": 64, "torch": 120}[impl] * MIB)
+    actual = run_divergence_loss(x, impl, memory_budget=(120 if impl == "torch" else 64) * MIB)
     for name in ("grad_student_input", "grad_student_weight"):
         assert relative_error(actual[name], truth[name]) < BF16_GRADIENT_ERROR, name
 
@@ -205,7 +215,9 @@ def test_gradient_over_many_chunks_of_bf16(impl):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_twice(dtype, impl):
     x = draw(tokens=300, dtype=DTYPES[dtype], mask=True)
-    for loss in LOSSES.values():
+    for kind, loss in LOSSES.items():
+        if (kind, impl) == ("callable", "native"):
+            continue
         one, two = (run_divergence_loss(x, impl, loss, memory_budget=SMALL_BUDGET[impl]) for _ in range(2))
         for name, value in one.items():
             assert torch.equal(value, two[name]), name

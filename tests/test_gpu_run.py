@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "benchmarks" / "gpu_run.sh"
 STAGES = [
     "env", "wheels", "build", "tests", "check", "kernels", "memcheck", "racecheck", "numerics",
-    "bench_ours", "bench_peers", "bench_torch",
+    "bench_ours", "bench_peers", "bench_native", "bench_torch",
 ]  # fmt: skip
 MAX_FILES = 8  # that come back from a rented machine
 
@@ -165,7 +165,17 @@ def test_every_stage_runs_however_many_fail(tmp_path):
     verdicts = dict(re.findall(r"^(\w+) +\d+  (.+)$", done.stdout, re.MULTILINE))
     assert done.returncode == 1 and sorted(verdicts) == sorted(STAGES)
     failed = {name for name, verdict in verdicts.items() if verdict == "FAILED, status 3"}
-    assert failed >= {"env", "build", "tests", "check", "kernels", "bench_ours", "bench_peers", "bench_torch"}
+    assert failed >= {
+        "env",
+        "build",
+        "tests",
+        "check",
+        "kernels",
+        "bench_ours",
+        "bench_peers",
+        "bench_native",
+        "bench_torch",
+    }
     assert "skipped: no wheels in" in verdicts["wheels"]
     assert {path.name for path in (tmp_path / "results").iterdir()} == {"summary.txt", "log.txt"}
 

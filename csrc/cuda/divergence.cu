@@ -45,6 +45,19 @@ struct CudaBlock {
 #endif
   }
 
+  // One access a quad. In assembly, since between cluster barriers nvcc 13 splits the store of a float4.
+  static __device__ __forceinline__ void store(scalar::Quad<float>* to, const scalar::Quad<float>& value) {
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(__cvta_generic_to_global(to)), "f"(value.at[0]),
+                 "f"(value.at[1]), "f"(value.at[2]), "f"(value.at[3])
+                 : "memory");
+  }
+
+  static __device__ __forceinline__ void store(scalar::Quad<uint16_t>* to, const scalar::Quad<uint16_t>& value) {
+    const auto pair = [&](int i) { return value.at[i] | static_cast<unsigned>(value.at[i + 1]) << 16; };
+    asm volatile("st.global.v2.u32 [%0], {%1, %2};" ::"l"(__cvta_generic_to_global(to)), "r"(pair(0)), "r"(pair(2))
+                 : "memory");
+  }
+
   template <typename T>
   static __device__ __forceinline__ T shuffle(const T& value, int mask) {
     static_assert(sizeof(T) % sizeof(float) == 0);
@@ -111,10 +124,11 @@ void launch(const DivergenceTask<float>& task, cudaStream_t stream) {
 // 0 where the row does not fit or the device has no clusters.
 int resident_blocks(int64_t vocabulary) {
   const int most = attribute(cudaDevAttrMaxSharedMemoryPerBlockOptin);
+  constexpr int RESERVED = 1024;  // bytes that the system takes of each block's share
   const int largest = attribute(cudaDevAttrComputeCapabilityMajor) >= 9 ? scalar::MAX_BLOCKS : 1;
   for (const int share : {2, 1}) {
     for (int blocks = 1; blocks <= largest && (share == 1 || blocks <= 8); blocks *= 2) {
-      if (share * scalar::shared_bytes<float>(vocabulary, blocks, true) <= most) {
+      if (share * (scalar::shared_bytes<float>(vocabulary, blocks, true) + RESERVED) <= most + RESERVED) {
         return blocks;
       }
     }

@@ -1,12 +1,12 @@
 // The CUDA row kernel of csrc/include/sdft_kernels/divergence_block.h on the host: a thread for every thread of a
 // cluster, a barrier for every barrier. Built and called by tests/emulator.py; never shipped.
-#include "sdft_kernels/divergence_block.h"
-
 #include <barrier>
 #include <cstring>
 #include <memory>
 #include <thread>
 #include <vector>
+
+#include "sdft_kernels/divergence_block.h"
 
 namespace {
 
@@ -46,6 +46,11 @@ struct EmulatedBlock {
   T* remote(T* place, int rank) {
     const auto offset = reinterpret_cast<char*>(place) - reinterpret_cast<char*>(own().memory.data());
     return reinterpret_cast<T*>(reinterpret_cast<char*>(cluster[static_cast<size_t>(rank)]->memory.data()) + offset);
+  }
+
+  template <typename T>
+  static void store(T* to, const T& value) {
+    *to = value;
   }
 
   template <typename T>

@@ -8,7 +8,7 @@
 //
 // `Block` is the hardware: a CUDA thread block, or its emulation on the host (tests/emulator), where every thread of a
 // cluster is a thread and every barrier a barrier. It has thread(), threads(), rank(), blocks(), sync(),
-// cluster_sync(), shuffle(value, mask) within 32 threads, shared() and remote(pointer, rank).
+// cluster_sync(), shuffle(value, mask) within 32 threads, shared(), remote(pointer, rank) and store(pointer, quad).
 #if defined(__CUDACC__)
 #define SDFT_BLOCK_INLINE __device__ __forceinline__
 #else
@@ -214,14 +214,14 @@ class AffineRow {
   SDFT_BLOCK_INLINE void store(int64_t v, const Quad<real>& value) const {
     if (task_.gradient_kind == GradientKind::same) {
       real* row = static_cast<real*>(task_.gradient) + index_ * task_.gradient_stride;
-      *reinterpret_cast<Quad<real>*>(row + v) = value;
+      block_.store(reinterpret_cast<Quad<real>*>(row + v), value);
     } else {
       Quad<uint16_t> narrow;
       for (int i = 0; i < QUAD; ++i) {
         narrow.at[i] = to_bf16(float(value.at[i]));
       }
       uint16_t* row = static_cast<uint16_t*>(task_.gradient) + index_ * task_.gradient_stride;
-      *reinterpret_cast<Quad<uint16_t>*>(row + v) = narrow;
+      block_.store(reinterpret_cast<Quad<uint16_t>*>(row + v), narrow);
     }
   }
 
