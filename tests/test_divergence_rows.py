@@ -6,6 +6,9 @@ formulas to 1e-10, in fp32 its arithmetic.
 """
 
 import itertools
+import os
+import subprocess
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -326,3 +329,14 @@ def test_the_gradient_may_not_lie_elsewhere():
         run("affine", s, t, None, None, table, None, *tail, torch.zeros(7, 2), *outputs[1:], None, 0)
     with pytest.raises(RuntimeError, match="both tiles must be fp32"):
         run("affine", s, t.double(), None, None, table, None, *tail, *outputs, None, 0)
+
+
+@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
+def test_every_instruction_set(capability):
+    """The same tests of the native rows in a process that may use no better one."""
+    if not _native.has_native():
+        pytest.skip(_native.why_not())
+    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not instruction_set"]
+    done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
