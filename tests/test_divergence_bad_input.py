@@ -150,7 +150,7 @@ def test_more_logits_than_an_int32_counts():
 
 def test_non_contiguous_views():
     x = make_divergence_inputs("near", bias=True)
-    truth = run_divergence_loss(x, "torch")
+    truth = run_divergence_loss(x, "auto")
 
     def strided(t):
         wide = torch.empty(t.shape[0] * 2, t.shape[1] + 3)

@@ -8,14 +8,22 @@ import pytest
 import torch
 from counting import LargestTensor, counting_gemm
 
-from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss
+from sdft_kernels import AffineTokenLoss, _dispatch, linear_divergence, linear_divergence_loss
 from sdft_kernels._chunks import Need
-from sdft_kernels.divergence import driver, operators, rows_torch
+from sdft_kernels.divergence import driver, operators, rows_native, rows_torch
 from sdft_kernels.testing import make_divergence_inputs
 
 N, V, H = 512, 4099, 16
 SCRATCH = rows_torch.scratch_bytes(N, V, 4)
-BUDGET = SCRATCH + 32 * (2 * 4 * V + 12 * 2 * H)  # 32 tokens a chunk: N is 16 chunks
+
+
+def budget(rows):
+    """Of 32 tokens a chunk: N is 16 chunks."""
+    return rows.scratch_bytes(N, V, 4) + 32 * (2 * 4 * rows.row_stride(V) + 12 * 2 * H)
+
+
+BUDGET = budget(rows_torch)
+BY_IMPL = {"torch": BUDGET, "native": budget(rows_native)}
 
 
 @pytest.fixture
@@ -38,9 +46,13 @@ def callable_loss(tokens, index):
 
 @pytest.mark.parametrize("loss", (None, AffineTokenLoss(jsd=1.0, alpha=0.5, student_entropy=0.1), callable_loss))
 @pytest.mark.parametrize(("frozen", "grad", "expected"), [(False, True, 4), (True, True, 3), (False, False, 2)])
-def test_loss_gemms(count, loss, frozen, grad, expected):
+@pytest.mark.parametrize("impl", BY_IMPL)
+def test_loss_gemms(count, impl, loss, frozen, grad, expected):
+    if why := _dispatch.why_not(impl, "linear_divergence", "cpu"):
+        pytest.skip(why)
+    options = {"token_loss": loss, "memory_budget": BY_IMPL[impl], "impl": impl}
     with torch.set_grad_enabled(grad):
-        value, _ = linear_divergence_loss(**arguments(frozen), token_loss=loss, memory_budget=BUDGET)
+        value, _ = linear_divergence_loss(**arguments(frozen), **options)
     if grad:
         value.backward()
     assert sum(count) == pytest.approx(expected)
@@ -76,7 +88,7 @@ def test_masked_tokens_are_not_projected(count):
 def test_a_shared_head_is_read_once(count):
     x = arguments()
     x["teacher_weight"] = x["student_weight"]
-    linear_divergence_loss(**x, memory_budget=BUDGET)[0].backward()
+    linear_divergence_loss(**x, memory_budget=BUDGET, impl="torch")[0].backward()
     assert sum(count) == pytest.approx(4)
     assert len(count) == 3 * 16  # one stacked product in place of two
 

@@ -71,9 +71,12 @@ def test_trl_topk_logits(alpha, tail):
     theirs_ = pytest.importorskip("trl.experimental.sdft.loss_utils").compute_topk_self_distillation_loss
 
     def formula(student, teacher):
-        return theirs_(student, teacher, distillation_topk=K, distillation_alpha=alpha, distillation_add_tail=tail)
+        return theirs_(student, teacher, distillation_topk=k, distillation_alpha=alpha, distillation_add_tail=tail)
 
-    options = dict(k=K, alpha=alpha, tail="bucket" if tail else "renormalize")
+    # Their 1 - mass loses what the tail is short of 1: at 20 entries the smallest tail is 1e-8, at 8 it is 1e-5, and
+    # only there do two ways of multiplying the same matrices agree to 1e-10.
+    k = 8 if tail else K
+    options = dict(k=k, alpha=alpha, tail="bucket" if tail else "renormalize")
     assert_parity(formula, options)
     assert_parity(formula, options | {"temperature": 0.7}, kinds=("near",))
 
