@@ -10,4 +10,6 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
       "Tensor? old_logprob, float importance_clip, float inner_s, float outer_s, float inner_t, float outer_t, "
       "float slope, float? alpha, Tensor(b!)? tokens, Tensor(c!)? loss, Tensor(d!)? state, Tensor(e!)? partial, "
       "Tensor(f!)? sums, Tensor(g!)? gradient, int stream) -> ()");
+  m.def("logits_gemm(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("cpu_isa() -> str");
 }

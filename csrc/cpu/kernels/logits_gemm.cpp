@@ -1,0 +1,132 @@
+#include "logits_gemm.h"
+
+#include "gemm_tile.h"
+
+namespace sdft::SDFT_ISA {
+namespace {
+
+static_assert(GROUP_COLUMNS % TILE_COLUMNS == 0 && COLUMN_UNIT % TILE_COLUMNS == 0,
+              "parts of the vocabulary are tiles");
+static_assert(K_BLOCK % LANES == 0 && TILE_ROWS <= 8, "the scratch holds whole vectors");
+
+// How one operand's row becomes LANES words of a tile: `full` reads LANES * PER_WORD elements.
+struct Fp32Words {
+  using element = float;
+  static constexpr int64_t PER_WORD = 1;
+  static vfloat full(const float* from) { return load(from); }
+};
+
+struct WidenedBf16Words {
+  using element = uint16_t;
+  static constexpr int64_t PER_WORD = 1;
+  static vfloat full(const uint16_t* from) {
+    using half = uint16_t __attribute__((vector_size(LANE_BYTES / 2)));
+    using whole = uint32_t __attribute__((vector_size(LANE_BYTES)));
+    half bits;
+    std::memcpy(&bits, from, sizeof(bits));
+    const whole words = __builtin_convertvector(bits, whole) << 16;
+    vfloat value;
+    std::memcpy(&value, &words, sizeof(value));
+    return value;
+  }
+};
+
+struct Bf16PairWords {
+  using element = uint16_t;
+  static constexpr int64_t PER_WORD = 2;
+  static vfloat full(const uint16_t* from) {
+    vfloat value;
+    std::memcpy(&value, from, sizeof(value));
+    return value;
+  }
+};
+
+// LANES words from the `count` elements that are left of a row; zeros after them. Nothing beyond the row is read: what
+// lies there may be a NaN, or another's memory.
+template <class Words>
+vfloat words(const typename Words::element* from, int64_t count) {
+  if (count >= LANES * Words::PER_WORD) {
+    return Words::full(from);
+  }
+  typename Words::element part[LANES * Words::PER_WORD] = {};
+  for (int64_t i = 0; i < count; ++i) {
+    part[i] = from[i];
+  }
+  return Words::full(part);
+}
+
+// panel[k, j] = word k of row j, for `columns` <= TILE_COLUMNS rows of the weight and `count` elements of each.
+template <class Words>
+void pack_panel(const typename Words::element* weight, int64_t stride, int64_t columns, int64_t count, float* panel) {
+  for (int64_t j = 0; j < TILE_COLUMNS; j += LANES) {
+    for (int64_t k = 0; k * Words::PER_WORD < count; k += LANES) {
+      vfloat rows[LANES];
+      for (int64_t i = 0; i < LANES; ++i) {
+        const int64_t at = k * Words::PER_WORD;
+        rows[i] = j + i < columns ? words<Words>(weight + (j + i) * stride + at, count - at) : vfloat{};
+      }
+      transpose(rows);
+      for (int64_t i = 0; i < LANES; ++i) {
+        store(panel + (k + i) * TILE_COLUMNS + j, rows[i]);
+      }
+    }
+  }
+}
+
+// One K block of the columns [begin, begin + columns), columns <= GROUP_COLUMNS.
+template <class Words, class Product>
+void group(const LogitsGemm& g, int64_t begin, int64_t columns, int64_t at, int64_t count, float* scratch) {
+  using element = typename Words::element;
+  const auto* hidden = static_cast<const element*>(g.hidden) + at;
+  const auto* weight = static_cast<const element*>(g.weight) + begin * g.weight_stride + at;
+  float* tile_rows = scratch + GROUP_COLUMNS * K_BLOCK;
+  const int64_t steps = (count + Words::PER_WORD - 1) / Words::PER_WORD;
+  for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+    pack_panel<Words>(weight + j * g.weight_stride, g.weight_stride, columns - j, count, scratch + j * K_BLOCK);
+  }
+  for (int64_t token = 0; token < g.tokens; token += TILE_ROWS) {
+    const int64_t rows = g.tokens - token < TILE_ROWS ? g.tokens - token : TILE_ROWS;
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t k = 0; k < steps; k += LANES) {
+        const int64_t from = k * Words::PER_WORD;
+        store(tile_rows + i * K_BLOCK + k, words<Words>(hidden + (token + i) * g.hidden_stride + from, count - from));
+      }
+    }
+    for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
+      float* out = g.out + token * g.out_stride + begin + j;
+      ragged_tile<Product, TILE_ROWS, K_BLOCK, 1>(rows, tile_rows, scratch + j * K_BLOCK, steps, at > 0, out,
+                                                  g.out_stride, columns - j);
+    }
+  }
+}
+
+// Sums over K blocks: each from zero, then added to `out`, which also keeps long sums accurate. A block without
+// elements (size 0) writes the zeros.
+template <class Words, class Product>
+void all_groups(const LogitsGemm& g, int64_t begin, int64_t end, float* scratch) {
+  constexpr int64_t BLOCK = K_BLOCK * Words::PER_WORD;
+  for (int64_t first = begin; first < end; first += GROUP_COLUMNS) {
+    const int64_t columns = end - first < GROUP_COLUMNS ? end - first : GROUP_COLUMNS;
+    int64_t at = 0;
+    do {
+      group<Words, Product>(g, first, columns, at, g.size - at < BLOCK ? g.size - at : BLOCK, scratch);
+      at += BLOCK;
+    } while (at < g.size);
+  }
+}
+
+}  // namespace
+
+void logits_gemm(const LogitsGemm& gemm, int64_t begin, int64_t end, float* scratch) {
+#if defined(__AVX512F__)
+  if (gemm.bf16 && gemm.pairs) {
+    return all_groups<Bf16PairWords, Bf16PairProduct>(gemm, begin, end, scratch);
+  }
+#endif
+  if (gemm.bf16) {
+    return all_groups<WidenedBf16Words, Fp32Product>(gemm, begin, end, scratch);
+  }
+  all_groups<Fp32Words, Fp32Product>(gemm, begin, end, scratch);
+}
+
+}  // namespace sdft::SDFT_ISA
