@@ -41,7 +41,7 @@ def why_not() -> str:
         )
         warnings.warn(f"sdft_kernels runs without its compiled operators: {reason}", RuntimeWarning, stacklevel=2)
         return reason
-    for name in ("ema_update_", "divergence_rows_"):
+    for name in ("ema_update_", "divergence_rows_", "logits_gemm", "weight_grad_gemm"):
         torch.library.register_fake(f"sdft_kernels::{name}", _writes_in_place)
     return ""
 
@@ -93,6 +93,54 @@ def ema_update_(ema: torch.Tensor, param: torch.Tensor, rate: float) -> torch.Te
         else:
             _ema_update_torch(ema, param, rate)
     return ema
+
+
+def cpu_isa() -> str:
+    """Which build of the CPU kernels this processor gets: ``"avx512_bf16"``, ``"avx512"``, ``"avx2"``, ``"portable"``.
+
+    ATEN_CPU_CAPABILITY (``default``, ``avx2``, ``avx512``) lowers it. The empty string without compiled operators.
+    """
+    if not has_native():
+        return ""
+    name: str = torch.ops.sdft_kernels.cpu_isa()
+    return name
+
+
+def logits_gemm(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+    """``out = hidden @ weight.T`` on CPU, with fp32 sums; bf16 operands are multiplied exactly.
+
+    A token's logits are the same bits whatever the other tokens and the number of threads. Where `cpu_isa()` is
+    ``"avx512_bf16"``, denormal bf16 operands count as zero and denormal sums become zero (VDPBF16PS does so).
+
+    Args:
+        hidden: (n, H), fp32 or bf16.
+        weight: (V, H), `hidden`'s dtype.
+        out: (n, V), fp32. Overwritten.
+
+    Rows may be any distance apart, columns must be adjacent. Needs `has_native()`. Nothing is differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes or strides do not fit.
+    """
+    torch.ops.sdft_kernels.logits_gemm(hidden, weight, out)
+    torch.autograd.graph.increment_version(out)
+
+
+def weight_grad_gemm(grad: torch.Tensor, hidden: torch.Tensor, total: torch.Tensor) -> None:
+    """``total += grad.T @ hidden`` on CPU, bf16 operands and fp32 sums; only where `cpu_isa()` is ``"avx512_bf16"``.
+
+    Args:
+        grad: (n, V), bf16.
+        hidden: (n, H), bf16.
+        total: (V, H), fp32. Changed in place.
+
+    Rows may be any distance apart, columns must be adjacent. Denormals count as zero. Nothing is differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes or strides do not fit, or the processor does not.
+    """
+    torch.ops.sdft_kernels.weight_grad_gemm(grad, hidden, total)
+    torch.autograd.graph.increment_version(total)
 
 
 def _fits_native(ema: torch.Tensor, param: torch.Tensor) -> bool:

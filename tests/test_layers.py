@@ -45,7 +45,7 @@ LAYERS = (
     Layer("_native", ("_version",), eager=TORCH),
     Layer("_dispatch", ("_version", "_native"), eager=TORCH),
     Layer("_head"),
-    Layer("_gemm", eager=TORCH),
+    Layer("_gemm", ("_native",), eager=TORCH),
     Layer("_triton_math", eager=frozenset({"triton"})),
     Layer("_checks", ("_head", "_dispatch"), eager=TORCH),
     Layer("_rows", ("_head",), eager=TORCH),
