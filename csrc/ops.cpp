@@ -13,4 +13,5 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
   m.def("logits_gemm(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
   m.def("weight_grad_gemm(Tensor grad, Tensor hidden, Tensor(a!) total) -> ()");
   m.def("cpu_isa() -> str");
+  m.def("peak_flops(str dtype) -> float");
 }

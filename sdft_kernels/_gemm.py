@@ -17,8 +17,8 @@ from . import _native
 
 UPCAST_SLICE_BYTES = 8 * 2**20  # long enough for full GEMM speed, short next to any memory_budget
 
-# A thread of a compiled product packs its operands: 496 KiB at most (csrc/cpu/logits_gemm.h).
-NATIVE_THREAD_BYTES = 512 * 1024
+# A thread of a compiled product packs its operands: 600 KiB at most (csrc/cpu/logits_gemm.h).
+NATIVE_THREAD_BYTES = 600 * 1024
 # The compiled dW packs hidden states of 512 tokens for all threads, 2 bytes each (csrc/cpu/weight_grad_gemm.h).
 NATIVE_BYTES_PER_HIDDEN = 1024
 

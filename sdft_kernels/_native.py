@@ -143,6 +143,19 @@ def weight_grad_gemm(grad: torch.Tensor, hidden: torch.Tensor, total: torch.Tens
     torch.autograd.graph.increment_version(total)
 
 
+def peak_flops(dtype: str) -> float:
+    """FLOP/s of one core multiplying and adding in registers, without a load: a ceiling for the products above.
+
+    Args:
+        dtype: ``"fp32"``, or ``"bf16"`` (VDPBF16PS) where `cpu_isa()` is ``"avx512_bf16"``.
+
+    Raises:
+        RuntimeError: another dtype, or the processor cannot.
+    """
+    rate: float = torch.ops.sdft_kernels.peak_flops(dtype)
+    return rate
+
+
 def _fits_native(ema: torch.Tensor, param: torch.Tensor) -> bool:
     return (
         type(ema) in (torch.Tensor, torch.nn.Parameter)

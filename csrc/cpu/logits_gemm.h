@@ -17,10 +17,10 @@ struct LogitsGemm {
   bool pairs;  // multiply bf16 by VDPBF16PS; only where isa() is avx512_bf16
 };
 
-// A group of vocabulary rows packed for K_BLOCK words of the sum takes 480 KiB: half of the smallest L2 cache (1 MiB)
-// of the processors with AVX-512. 240 columns are whole tiles of every build (48, 16 and 8 columns).
-constexpr int64_t GROUP_COLUMNS = 240;
-constexpr int64_t K_BLOCK = 512;
+// Long sums are cut into blocks of equal size, at most this many words (fp32 numbers, or pairs of bf16).
+constexpr int64_t K_BLOCK = 768;
+// Vocabulary rows packed at a time for one K block, at most: 576 KiB, of the 1 MiB or more of L2 beside AVX-512.
+constexpr int64_t GROUP_COLUMNS = 192;
 // Where parts of the vocabulary may begin: a whole tile of every build.
 constexpr int64_t COLUMN_UNIT = 48;
 // What a thread needs: the packed group and a tile's rows of hidden.
