@@ -1,6 +1,6 @@
 #pragma once
 
-#include "lanes.h"
+#include "lanes_math.h"
 
 #if defined(__x86_64__)
 #include <immintrin.h>
@@ -34,22 +34,13 @@ constexpr int TILE_COLUMNS = TILE_VECTORS * LANES;
 static SDFT_ALWAYS_INLINE vfloat splat(const float* from) {
   int32_t word;
   std::memcpy(&word, from, sizeof(word));
-  const vint words = vint{} + word;
-  vfloat value;
-  std::memcpy(&value, &words, sizeof(value));
-  return value;
+  return bits_as<vfloat>(vint{} + word);
 }
 
 // sum + left * right, one fp32 number a word.
 struct Fp32Product {
   static SDFT_TARGET_BF16 SDFT_ALWAYS_INLINE vfloat add(vfloat left, vfloat right, vfloat sum) {
-#if defined(__AVX512F__)
-    return _mm512_fmadd_ps(left, right, sum);
-#elif defined(__FMA__)
-    return _mm256_fmadd_ps(left, right, sum);
-#else
-    return sum + left * right;
-#endif
+    return fused(left, right, sum);
   }
 };
 

@@ -21,14 +21,9 @@ struct WidenedBf16Words {
   using element = uint16_t;
   static constexpr int64_t PER_WORD = 1;
   static vfloat full(const uint16_t* from) {
-    using half = uint16_t __attribute__((vector_size(LANE_BYTES / 2)));
-    using whole = uint32_t __attribute__((vector_size(LANE_BYTES)));
-    half bits;
+    vbf16 bits;
     std::memcpy(&bits, from, sizeof(bits));
-    const whole words = __builtin_convertvector(bits, whole) << 16;
-    vfloat value;
-    std::memcpy(&value, &words, sizeof(value));
-    return value;
+    return bits_as<vfloat>(__builtin_convertvector(bits, vuint) << 16);
   }
 };
 

@@ -10,11 +10,9 @@ static_assert(HIDDEN_PANEL == TILE_COLUMNS && VOCABULARY_PANEL % LANES == 0 && L
 
 constexpr int64_t PAIRS = TOKEN_BLOCK / 2;
 
-using half = uint16_t __attribute__((vector_size(LANE_BYTES / 2)));
-
 // LANES bf16 numbers of a row, zeros after `count`.
-half numbers(const uint16_t* from, int64_t count) {
-  half values = {};
+vbf16 numbers(const uint16_t* from, int64_t count) {
+  vbf16 values = {};
   if (count >= LANES) {
     std::memcpy(&values, from, sizeof(values));
     return values;
@@ -29,14 +27,13 @@ half numbers(const uint16_t* from, int64_t count) {
 
 // to[k * step + lane] = (rows 2k and 2k + 1)[lane] for the pairs of `tokens` rows; a last odd row is paired with zeros.
 void pack_pairs(const uint16_t* rows, int64_t stride, int64_t tokens, int64_t columns, float* to, int64_t step) {
-  using whole = uint32_t __attribute__((vector_size(LANE_BYTES)));
   for (int64_t k = 0; 2 * k < tokens; ++k) {
     // The rows are too far apart for the processor to see a stream: two lines ahead, a whole pass over the tokens.
     __builtin_prefetch(rows + 2 * k * stride + 64, 0, 2);
     __builtin_prefetch(rows + (2 * k + 1) * stride + 64, 0, 2);
-    const half even = numbers(rows + 2 * k * stride, columns);
-    const half odd = 2 * k + 1 < tokens ? numbers(rows + (2 * k + 1) * stride, columns) : half{};
-    const whole words = __builtin_convertvector(even, whole) | __builtin_convertvector(odd, whole) << 16;
+    const vbf16 even = numbers(rows + 2 * k * stride, columns);
+    const vbf16 odd = 2 * k + 1 < tokens ? numbers(rows + (2 * k + 1) * stride, columns) : vbf16{};
+    const vuint words = __builtin_convertvector(even, vuint) | __builtin_convertvector(odd, vuint) << 16;
     std::memcpy(to + k * step, &words, sizeof(words));
   }
 }
