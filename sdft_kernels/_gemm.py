@@ -132,9 +132,9 @@ class Gemm:
     def _native_logits(self, weight: Tensor) -> bool:
         """Whether the compiled logits product takes this head and wins.
 
-        fp32, GFLOP/s of one Zen 4 core, ours and the library's. AVX-512: 46/37 at n=16 H=576 V=49152, 94/74 at 128,
-        102/81 at 256, 105/93 at 1024; 94/66 at n=128 H=2048 V=32768, 97/75 at n=128 H=4096 V=16384. AVX2: 42/38 to
-        104/89. The portable build, 32/75, loses to the library everywhere.
+        fp32, GFLOP/s of one Zen 4 core, ours and the library's. AVX-512: 61/36 at n=16 H=576 V=49152, 103/75 at 128,
+        107/80 at 256, 111/94 at 1024; 103/70 at n=128 H=640 V=65536, 107/82 at n=256 H=2048 V=32768, 107/84 at n=256
+        H=4096 V=16384. AVX2: 42/38 to 104/89. The portable build, 32/75, loses to the library everywhere.
         """
         fits = self.native and self.accumulate == torch.float32 and weight.device.type == "cpu"
         return fits and weight.stride(1) == 1 and _native.cpu_isa() not in ("", "portable")

@@ -53,10 +53,10 @@ struct Bf16PairProduct {
 };
 #endif
 
-// out[i, j] = (or, with `add`, +=) sum over k of a[i * ROW_STEP + k * STEP] * b[k * TILE_COLUMNS + j], for i in ROWS
+// out[i, j] = (or, with `add`, +=) sum over k of a[i * row_step + k * STEP] * b[k * TILE_COLUMNS + j], for i in ROWS
 // and j in `columns` <= TILE_COLUMNS. Each sum runs over k in order, by itself, so it is the same whatever ROWS is.
-template <class Product, int ROWS, int ROW_STEP, int STEP>
-SDFT_TARGET_BF16 static void tile(const float* a, const float* b, int64_t steps, bool add, float* out,
+template <class Product, int ROWS, int STEP>
+SDFT_TARGET_BF16 static void tile(const float* a, int64_t row_step, const float* b, int64_t steps, bool add, float* out,
                                   int64_t out_stride, int64_t columns) {
   for (int i = 0; i < ROWS; ++i) {
     for (int j = 0; j < TILE_COLUMNS; j += 16) {
@@ -70,7 +70,7 @@ SDFT_TARGET_BF16 static void tile(const float* a, const float* b, int64_t steps,
       right[j] = load(b + k * TILE_COLUMNS + j * LANES);
     }
     for (int i = 0; i < ROWS; ++i) {
-      const vfloat left = splat(a + i * ROW_STEP + k * STEP);
+      const vfloat left = splat(a + i * row_step + k * STEP);
       for (int j = 0; j < TILE_VECTORS; ++j) {
         sum[i][j] = Product::add(left, right[j], sum[i][j]);
       }
@@ -94,15 +94,15 @@ SDFT_TARGET_BF16 static void tile(const float* a, const float* b, int64_t steps,
 }
 
 // `tile` for `rows` <= ROWS.
-template <class Product, int ROWS, int ROW_STEP, int STEP>
-static void ragged_tile(int64_t rows, const float* a, const float* b, int64_t steps, bool add, float* out,
-                        int64_t out_stride, int64_t columns) {
+template <class Product, int ROWS, int STEP>
+static void ragged_tile(int64_t rows, const float* a, int64_t row_step, const float* b, int64_t steps, bool add,
+                        float* out, int64_t out_stride, int64_t columns) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
-      return ragged_tile<Product, ROWS - 1, ROW_STEP, STEP>(rows, a, b, steps, add, out, out_stride, columns);
+      return ragged_tile<Product, ROWS - 1, STEP>(rows, a, row_step, b, steps, add, out, out_stride, columns);
     }
   }
-  tile<Product, ROWS, ROW_STEP, STEP>(a, b, steps, add, out, out_stride, columns);
+  tile<Product, ROWS, STEP>(a, row_step, b, steps, add, out, out_stride, columns);
 }
 
 // low = a0 b0 a1 b1 ..., high goes on where low ends.

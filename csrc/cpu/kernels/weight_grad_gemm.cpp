@@ -66,8 +66,8 @@ void add_weight_grad(const WeightGradGemm& g, int64_t token, int64_t count, int6
       for (int64_t row = 0; row < rows; row += TILE_ROWS) {
         const float* left = scratch + row / LANES * LANES * PAIRS + row % LANES;
         float* total = g.total + (first + row) * g.total_stride + column;
-        ragged_tile<Bf16PairProduct, TILE_ROWS, 1, LANES>(rows - row, left, panel, (count + 1) / 2, true, total,
-                                                          g.total_stride, g.size - column);
+        ragged_tile<Bf16PairProduct, TILE_ROWS, LANES>(rows - row, left, 1, panel, (count + 1) / 2, true, total,
+                                                       g.total_stride, g.size - column);
       }
     }
   }
