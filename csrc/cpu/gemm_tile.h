@@ -76,19 +76,22 @@ SDFT_TARGET_BF16 static void tile(const float* a, int64_t row_step, const float*
       }
     }
   }
-  for (int i = 0; i < ROWS; ++i) {
-    for (int j = 0; j < TILE_VECTORS; ++j) {
-      float* to = out + i * out_stride + j * LANES;
-      const int64_t left = columns - j * LANES;
-      if (left >= LANES) {
+  // Apart from the ragged case, so that the sums never leave the registers.
+  if (columns >= TILE_COLUMNS) {
+    for (int i = 0; i < ROWS; ++i) {
+      for (int j = 0; j < TILE_VECTORS; ++j) {
+        float* to = out + i * out_stride + j * LANES;
         store(to, add ? load(to) + sum[i][j] : sum[i][j]);
-        continue;
       }
-      float values[LANES];
-      store(values, sum[i][j]);
-      for (int64_t lane = 0; lane < left; ++lane) {
-        to[lane] = add ? to[lane] + values[lane] : values[lane];
-      }
+    }
+    return;
+  }
+  float values[ROWS][TILE_COLUMNS];
+  std::memcpy(values, sum, sizeof(values));
+  for (int i = 0; i < ROWS; ++i) {
+    for (int64_t j = 0; j < columns; ++j) {
+      float* to = out + i * out_stride + j;
+      *to = add ? *to + values[i][j] : values[i][j];
     }
   }
 }
