@@ -44,7 +44,7 @@ void check_inputs(const Tensor& grad, const Tensor& hidden, const Tensor& total)
                   isa_name());
 }
 
-void launch_weight_grad(const WeightGradGemm& gemm) {
+void launch_weight_grad([[maybe_unused]] const WeightGradGemm& gemm) {
 #if defined(__x86_64__)
   const int64_t panels = (gemm.size + HIDDEN_PANEL - 1) / HIDDEN_PANEL;
   const int64_t units = (gemm.vocabulary + ROW_UNIT - 1) / ROW_UNIT;
