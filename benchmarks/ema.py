@@ -21,7 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from sdft_kernels._native import ema_update_, ema_update_hilo_, has_native, split_hilo
+from sdft_kernels._ema import ema_update_, ema_update_hilo_, split_hilo
+from sdft_kernels._native import has_native
 from sdft_kernels.cli._bench.report import commit
 from sdft_kernels.cli._table import print_table
 from sdft_kernels.cli.env import cpu_model

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import sdft_kernels.testing
-from sdft_kernels import _dispatch, _native
+from sdft_kernels import _dispatch, _ema, _native
 from sdft_kernels.cli import __main__ as cli
 from sdft_kernels.cli import _check_ops, check, env
 from sdft_kernels.divergence import rows_torch
@@ -116,7 +116,7 @@ def test_a_raise_is_a_row_and_does_not_end_the_check(few, monkeypatch, capsys):
     def broken(*arguments, **options):
         raise RuntimeError("cannot launch\nsecond line")
 
-    monkeypatch.setattr(_native, "ema_update_", broken)
+    monkeypatch.setattr(_ema, "ema_update_", broken)
     status, out = run_check(capsys)
     assert status == 1
     assert "raised RuntimeError: cannot launch second line" in out

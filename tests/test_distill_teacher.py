@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-from sdft_kernels._native import ema_update_
+from sdft_kernels._ema import ema_update_
 
 pytest.importorskip("transformers")
 

@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import ema as benchmark
-from sdft_kernels import _native
+from sdft_kernels import _ema, _native
 
 ROOT = Path(__file__).resolve().parent.parent
 native = pytest.mark.skipif(not _native.has_native(), reason=_native.why_not() or "built")
@@ -46,10 +46,10 @@ def values(seed: int, count: int, dtype: torch.dtype) -> torch.Tensor:
 def test_native_ema_equals_its_twin(dtype: torch.dtype, rate: float) -> None:
     ema, param = torch.randn(3, 40_001), torch.randn(3, 40_001).to(dtype)
     expected = ema.clone()
-    _native._ema_update_torch(expected, param, rate)
+    _ema._ema_update_torch(expected, param, rate)
     version = ema._version
-    assert _native._fits_native(ema, param)
-    assert _native.ema_update_(ema, param, rate) is ema
+    assert _ema._fits_native(ema, param)
+    assert _ema.ema_update_(ema, param, rate) is ema
     assert ema._version > version
     torch.testing.assert_close(ema, expected, rtol=1e-6, atol=1e-6)
     if rate == 1.0:
@@ -74,11 +74,11 @@ def test_native_ema_refuses_what_it_cannot_do() -> None:
 
 @pytest.mark.parametrize("strided", [False, True])
 def test_ema_without_native_code(monkeypatch: pytest.MonkeyPatch, strided: bool) -> None:
-    monkeypatch.setattr(_native, "has_native", lambda: False)
+    monkeypatch.setattr(_ema, "has_native", lambda: False)
     ema, param = torch.zeros(4, 6), torch.ones(4, 6, requires_grad=True)
     view = ema.t() if strided else ema
     for _ in range(10):
-        _native.ema_update_(view, param.t() if strided else param, 0.1)
+        _ema.ema_update_(view, param.t() if strided else param, 0.1)
     torch.testing.assert_close(ema, torch.full((4, 6), 1 - 0.9**10))
     assert not ema.requires_grad
 
@@ -86,7 +86,7 @@ def test_ema_without_native_code(monkeypatch: pytest.MonkeyPatch, strided: bool)
 def test_ema_of_a_bf16_parameter_keeps_what_bf16_would_round_away() -> None:
     ema, param = torch.ones(64), torch.full((64,), 1.0078125, dtype=torch.bfloat16)
     for _ in range(100):
-        _native.ema_update_(ema, param, 0.01)
+        _ema.ema_update_(ema, param, 0.01)
     torch.testing.assert_close(ema, torch.full((64,), 1 + 0.0078125 * (1 - 0.99**100)), rtol=1e-6, atol=0)
 
 
@@ -102,7 +102,7 @@ def test_ema_of_a_bf16_parameter_keeps_what_bf16_would_round_away() -> None:
 )
 def test_ema_refuses_bad_input(ema: torch.Tensor, param: torch.Tensor, rate: float, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        _native.ema_update_(ema, param, rate)
+        _ema.ema_update_(ema, param, rate)
 
 
 @pytest.mark.parametrize("native_code", [pytest.param(True, marks=native), False])
@@ -111,11 +111,11 @@ def test_rate_zero_and_one_are_exact_for_every_value(
     monkeypatch: pytest.MonkeyPatch, native_code: bool, param: float
 ) -> None:
     if not native_code:
-        monkeypatch.setattr(_native, "has_native", lambda: False)
+        monkeypatch.setattr(_ema, "has_native", lambda: False)
     for rate, expected in ((0.0, 1.5), (1.0, param)):
-        ema = _native.ema_update_(torch.full((33,), 1.5), torch.full((33,), param), rate)
-        high, low = _native.split_hilo(torch.full((33,), 1.5))
-        _native.ema_update_hilo_(high, low, torch.full((33,), param), rate)
+        ema = _ema.ema_update_(torch.full((33,), 1.5), torch.full((33,), param), rate)
+        high, low = _ema.split_hilo(torch.full((33,), 1.5))
+        _ema.ema_update_hilo_(high, low, torch.full((33,), param), rate)
         for result in (ema, high.float() + low.float()):
             assert torch.equal(result.nan_to_num(nan=7.0), torch.full((33,), expected).nan_to_num(nan=7.0))
 
@@ -124,7 +124,7 @@ def test_rate_zero_and_one_are_exact_for_every_value(
 @settings(max_examples=50, deadline=None)
 def test_split_rounds_to_nearest_and_keeps_the_rest(seed: int, count: int) -> None:
     value = values(seed, count, torch.float32)
-    high, low = _native.split_hilo(value)
+    high, low = _ema.split_hilo(value)
     assert same_bits(high, value.bfloat16())
     assert torch.equal(low[~high.isfinite()], torch.zeros_like(low[~high.isfinite()]))
     finite = high.isfinite()
@@ -139,11 +139,11 @@ def test_split_rounds_to_nearest_and_keeps_the_rest(seed: int, count: int) -> No
 @settings(max_examples=150, deadline=None)
 def test_native_hilo_has_the_bits_of_its_twin(seed: int, count: int, rate: float, wide: bool) -> None:
     param = values(seed, count, torch.float32 if wide else torch.bfloat16)
-    pair = _native.split_hilo(values(seed + 1, count, torch.float32))
+    pair = _ema.split_hilo(values(seed + 1, count, torch.float32))
     twin = tuple(part.clone() for part in pair)
-    _native._ema_update_hilo_torch(*twin, param, rate)
+    _ema._ema_update_hilo_torch(*twin, param, rate)
     version = pair[0]._version, pair[1]._version
-    result = _native.ema_update_hilo_(*pair, param, rate)
+    result = _ema.ema_update_hilo_(*pair, param, rate)
     assert result[0] is pair[0] and result[1] is pair[1]
     assert pair[0]._version > version[0] and pair[1]._version > version[1]
     assert same_bits(pair[0], twin[0]) and same_bits(pair[1], twin[1])
@@ -157,21 +157,21 @@ def test_an_element_does_not_depend_on_its_place(param_dtype: torch.dtype, rate:
     count = 70_001  # over two threads' grain, and odd
     start, param = values(1, count, torch.float32), values(2, count, param_dtype)
     torch.set_num_threads(2)
-    pair, ema = _native.split_hilo(start), start.clone()
-    _native.ema_update_hilo_(*pair, param, rate)
-    _native.ema_update_(ema, param, rate)
+    pair, ema = _ema.split_hilo(start), start.clone()
+    _ema.ema_update_hilo_(*pair, param, rate)
+    _ema.ema_update_(ema, param, rate)
     for begin, end in ((0, 1), (1, 16), (3, 40), (count - 17, count), (32_760, 32_775)):
-        part = _native.split_hilo(start[begin:end])
+        part = _ema.split_hilo(start[begin:end])
         alone = start[begin:end].clone()
-        _native.ema_update_hilo_(*part, param[begin:end].clone(), rate)
-        _native.ema_update_(alone, param[begin:end].clone(), rate)
+        _ema.ema_update_hilo_(*part, param[begin:end].clone(), rate)
+        _ema.ema_update_(alone, param[begin:end].clone(), rate)
         assert same_bits(part[0], pair[0][begin:end]) and same_bits(part[1], pair[1][begin:end])
         assert same_bits(alone, ema[begin:end])
 
 
 BITS = """
 import hashlib, numpy, torch
-from sdft_kernels import _native
+from sdft_kernels import _ema, _native
 assert _native.has_native(), _native.why_not()
 draw = numpy.random.default_rng(0).standard_normal  # torch.randn's bits depend on the instruction set
 digest = hashlib.sha256()
@@ -179,10 +179,10 @@ for dtype in (torch.float32, torch.bfloat16):
     for rate in (0.01, 0.7):
         start, param = torch.tensor(draw((2, 5003)), dtype=torch.float32)
         param = param.to(dtype)
-        pair, ema = _native.split_hilo(start), start.clone()
+        pair, ema = _ema.split_hilo(start), start.clone()
         param[7], param[11] = float("inf"), float("nan")
-        _native.ema_update_hilo_(*pair, param, rate)
-        _native.ema_update_(ema, param, rate)
+        _ema.ema_update_hilo_(*pair, param, rate)
+        _ema.ema_update_(ema, param, rate)
         for tensor in (*pair, ema):
             digest.update(tensor.view(torch.int16).numpy().tobytes())
 print(digest.hexdigest())
@@ -209,12 +209,12 @@ def test_multiplication_and_addition_round_one_by_one() -> None:
     gap = (param.numpy() - start.numpy()).astype(np.float64)
     fused = (start.numpy().astype(np.float64) + np.float64(np.float32(0.01)) * gap).astype(np.float32)
     assert (fused != expected).sum() > 50
-    assert np.array_equal(_native.ema_update_(start.clone(), param, 0.01).numpy(), expected)
+    assert np.array_equal(_ema.ema_update_(start.clone(), param, 0.01).numpy(), expected)
 
 
 @native
 def test_native_hilo_passes_opcheck() -> None:
-    arguments = (*_native.split_hilo(torch.randn(7)), torch.randn(7), 0.1)
+    arguments = (*_ema.split_hilo(torch.randn(7)), torch.randn(7), 0.1)
     torch.library.opcheck(torch.ops.sdft_kernels.ema_update_hilo_.default, arguments)
 
 
@@ -236,9 +236,9 @@ def test_native_hilo_refuses_what_it_cannot_do() -> None:
 
 def test_hilo_of_strided_and_of_other_parameters_takes_the_twin() -> None:
     start, param = torch.randn(5, 7), torch.randn(7, 5, dtype=torch.float64)
-    high, low = (part.t().contiguous().t() for part in _native.split_hilo(start))
-    assert not _native._fits_native(high, low, param.t())
-    _native.ema_update_hilo_(high, low, param.t(), 0.25)
+    high, low = (part.t().contiguous().t() for part in _ema.split_hilo(start))
+    assert not _ema._fits_native(high, low, param.t())
+    _ema.ema_update_hilo_(high, low, param.t(), 0.25)
     expected = start + 0.25 * (param.t().float() - start)
     torch.testing.assert_close(high.float() + low.float(), expected, rtol=2.0**-16, atol=2.0**-20)
 
@@ -257,7 +257,7 @@ def test_hilo_refuses_bad_input(changed: dict, message: str) -> None:
     half = torch.zeros(3, dtype=torch.bfloat16)
     given_ = dict(high=half, low=half.clone(), param=torch.zeros(3), rate=0.1) | changed
     with pytest.raises(ValueError, match=message):
-        _native.ema_update_hilo_(**given_)
+        _ema.ema_update_hilo_(**given_)
 
 
 @pytest.mark.parametrize("student", ["constant", "walk"])
@@ -278,10 +278,10 @@ def test_hilo_follows_where_plain_bf16_stands_still() -> None:
     start = (0.02 * torch.randn(20_000)).bfloat16()
     student = (start.float() * (1 + 0.01 * torch.randn(20_000))).bfloat16()
     gap = student.float() - start.float()
-    ema, (high, low), plain = start.float(), _native.split_hilo(start), start.clone()
+    ema, (high, low), plain = start.float(), _ema.split_hilo(start), start.clone()
     for _ in range(250):
-        _native.ema_update_(ema, student, 0.01)
-        _native.ema_update_hilo_(high, low, student, 0.01)
+        _ema.ema_update_(ema, student, 0.01)
+        _ema.ema_update_hilo_(high, low, student, 0.01)
         plain.lerp_(student, 0.01)
     closed = [
         ((t.float() - start.float()) @ gap / (gap @ gap)).item() for t in (ema, high.float() + low.float(), plain)

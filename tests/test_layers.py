@@ -30,7 +30,7 @@ class Layer:
     lazy: frozenset[str] = frozenset()
 
 
-BASE = ("_version", "_dispatch", "_native", "_head", "_gemm", "_checks", "_chunks", "_rows")
+BASE = ("_version", "_dispatch", "_native", "_ema", "_head", "_gemm", "_checks", "_chunks", "_rows")
 TERMS = ("{op}.fields", "{op}.token_loss", "{op}.statistics")
 OTHER_OPS = ("{other}", "{other}.api")
 ALL_OPS = ("{any}", "{any}.api")
@@ -43,9 +43,10 @@ LAYERS = (
     Layer("__init__", ("_version", *ALL_OPS, "models", "distill")),
     Layer("_version"),
     Layer("_native", ("_version",), eager=TORCH),
+    Layer("_ema", ("_native",), eager=TORCH),
     Layer("_dispatch", ("_version", "_native"), eager=TORCH),
     Layer("_head"),
-    Layer("_gemm", eager=TORCH),
+    Layer("_gemm", ("_native",), eager=TORCH),
     Layer("_triton_math", eager=frozenset({"triton"})),
     Layer("_checks", ("_head", "_dispatch"), eager=TORCH),
     Layer("_rows", ("_head",), eager=TORCH),

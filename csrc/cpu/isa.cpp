@@ -21,15 +21,17 @@ Isa supported() {
 #endif
 }
 
-// ATen's switch, so that one setting governs both.
+// ATen's switch, so that one setting governs both. "avx512" leaves out VDPBF16PS, so that what processors without it
+// run can be tested on one that has it.
 Isa allowed() {
   const char* wish = std::getenv("ATEN_CPU_CAPABILITY");
   if (wish == nullptr) {
     return Isa::avx512_bf16;
   }
-  return std::strcmp(wish, "default") == 0 ? Isa::portable
-         : std::strcmp(wish, "avx2") == 0  ? Isa::avx2
-                                           : Isa::avx512_bf16;
+  return std::strcmp(wish, "default") == 0  ? Isa::portable
+         : std::strcmp(wish, "avx2") == 0   ? Isa::avx2
+         : std::strcmp(wish, "avx512") == 0 ? Isa::avx512
+                                            : Isa::avx512_bf16;
 }
 
 }  // namespace

@@ -37,6 +37,6 @@ static inline To bits_as(From from) {
   return to;
 }
 
-static inline vfloat broadcast(float value) { return vfloat{} + value; }
+static inline vfloat broadcast(float value) { return value - vfloat{}; }
 
 }  // namespace sdft::SDFT_ISA

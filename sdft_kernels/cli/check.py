@@ -230,7 +230,7 @@ def _check_ema(impl: str, dtype: str, device: str) -> Row:
     """The compiled update takes contiguous tensors, its PyTorch twin all others: a transposed view selects the twin."""
     import torch
 
-    from sdft_kernels import _native
+    from sdft_kernels import _ema
 
     row = Row("ema_update_", impl, dtype, "rate 0.01")
     generator = torch.Generator().manual_seed(0)
@@ -240,7 +240,7 @@ def _check_ema(impl: str, dtype: str, device: str) -> Row:
     eager = start + 0.01 * (param.float() - start)
     actual = start.clone()
     try:
-        _native.ema_update_(*((actual, param) if impl == "native" else (actual.T, param.T)), 0.01)
+        _ema.ema_update_(*((actual, param) if impl == "native" else (actual.T, param.T)), 0.01)
     except Exception as error:
         return replace(row, raised=_raised(error))
     return _worst(row, {"ema": actual}, {"ema": eager}, {"ema": truth})
