@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels import linear_divergence, linear_divergence_loss
+from sdft_kernels._dispatch import resolve
 from sdft_kernels._gemm import Gemm
 from sdft_kernels.cli._bench.report import commit
 from sdft_kernels.cli._progress import Progress
@@ -110,7 +111,8 @@ def chunk_budget(x: DivergenceInputs, chunks: int = CHUNKS) -> int:
     """A memory budget that cuts the call into this many chunks."""
     count, hidden = x.student_input.shape
     vocabulary, device = x.student_weight.shape[0], x.student_input.device
-    rows, gemm = rows_of("triton" if device.type == "cuda" else "torch"), Gemm(torch.bfloat16, torch.float32)
+    impl = resolve("auto", device=device)
+    rows, gemm = rows_of(impl), Gemm(torch.bfloat16, torch.float32, native=impl == "native")
     copied = 0 if rows.ROUNDS else gemm.bytes_per_logit(device)
     per_token = rows.row_stride(vocabulary) * (8 + copied) + 24 * hidden
     fixed = gemm.scratch_bytes(device, x.student_weight) + rows.scratch_bytes(count, vocabulary, 4)

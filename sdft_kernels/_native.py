@@ -16,6 +16,7 @@ import torch
 
 _OPS = "sdft_kernels._ops"
 _HOST = "sdft_kernels._host"
+_IN_PLACE = ("ema_update_", "ema_update_hilo_", "divergence_rows_", "logits_gemm", "weight_grad_gemm")
 
 
 def has_native() -> bool:
@@ -35,6 +36,8 @@ def why_not() -> str:
         return _not_built()
     try:
         torch.ops.load_library(spec.origin)
+        for name in _IN_PLACE:  # a library of an older version lacks some: an error like any other
+            torch.library.register_fake(f"sdft_kernels::{name}", _changes_in_place_only)
     except (OSError, RuntimeError) as error:
         reason = (
             f"{Path(spec.origin).name} is built but does not load in torch {torch.__version__}: {_first_line(error)}; "
@@ -42,8 +45,6 @@ def why_not() -> str:
         )
         warnings.warn(f"sdft_kernels runs without its compiled operators: {reason}", RuntimeWarning, stacklevel=2)
         return reason
-    for name in ("ema_update_", "ema_update_hilo_", "divergence_rows_", "logits_gemm", "weight_grad_gemm"):
-        torch.library.register_fake(f"sdft_kernels::{name}", _changes_in_place_only)
     return ""
 
 

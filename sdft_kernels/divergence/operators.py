@@ -88,7 +88,7 @@ def drive(
         alpha=o.jsd_alpha,
         token_loss=token_loss,
         need=need,
-        gemm=Gemm(o.operand_dtype, accumulate_dtype(o.operand_dtype)),
+        gemm=Gemm(o.operand_dtype, accumulate_dtype(o.operand_dtype), native=o.impl == "native"),
         rows=driver.rows_of(o.impl),
         memory_budget=o.memory_budget,
         pack=o.pack,

@@ -1,5 +1,6 @@
 #include "weight_grad_gemm.h"
 
+#include "bfloat16.h"
 #include "gemm_tile.h"
 
 #if defined(__AVX512F__)
@@ -11,8 +12,8 @@ static_assert(HIDDEN_PANEL == TILE_COLUMNS && VOCABULARY_PANEL % LANES == 0 && L
 constexpr int64_t PAIRS = TOKEN_BLOCK / 2;
 
 // LANES bf16 numbers of a row, zeros after `count`.
-vbf16 numbers(const uint16_t* from, int64_t count) {
-  vbf16 values = {};
+vbfloat16 numbers(const uint16_t* from, int64_t count) {
+  vbfloat16 values = {};
   if (count >= LANES) {
     std::memcpy(&values, from, sizeof(values));
     return values;
@@ -31,8 +32,8 @@ void pack_pairs(const uint16_t* rows, int64_t stride, int64_t tokens, int64_t co
     // The rows are too far apart for the processor to see a stream: two lines ahead, a whole pass over the tokens.
     __builtin_prefetch(rows + 2 * k * stride + 64, 0, 2);
     __builtin_prefetch(rows + (2 * k + 1) * stride + 64, 0, 2);
-    const vbf16 even = numbers(rows + 2 * k * stride, columns);
-    const vbf16 odd = 2 * k + 1 < tokens ? numbers(rows + (2 * k + 1) * stride, columns) : vbf16{};
+    const vbfloat16 even = numbers(rows + 2 * k * stride, columns);
+    const vbfloat16 odd = 2 * k + 1 < tokens ? numbers(rows + (2 * k + 1) * stride, columns) : vbfloat16{};
     const vuint words = __builtin_convertvector(even, vuint) | __builtin_convertvector(odd, vuint) << 16;
     std::memcpy(to + k * step, &words, sizeof(words));
   }
