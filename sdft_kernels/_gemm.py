@@ -17,10 +17,11 @@ from . import _native
 
 UPCAST_SLICE_BYTES = 8 * 2**20  # long enough for full GEMM speed, short next to any memory_budget
 
-# A thread of a compiled product packs its operands: 600 KiB at most (csrc/cpu/logits_gemm.h).
-NATIVE_THREAD_BYTES = 600 * 1024
-# The compiled dW packs hidden states of 512 tokens for all threads, 2 bytes each (csrc/cpu/weight_grad_gemm.h).
-NATIVE_BYTES_PER_HIDDEN = 1024
+# A thread of the compiled logits product packs 200 rows of at most 768 numbers (csrc/cpu/logits_gemm.h).
+NATIVE_THREAD_ROWS, NATIVE_THREAD_COLUMNS = 200, 768
+# The compiled dW works on 512 tokens, 2 bytes each (csrc/cpu/weight_grad_gemm.h): a thread packs 192 rows of their
+# gradients, and all threads share their hidden states.
+NATIVE_GRADIENT_BYTES, NATIVE_BYTES_PER_HIDDEN = 192 * 512 * 2, 512 * 2
 
 
 @contextmanager
@@ -55,11 +56,11 @@ class Gemm:
         """Bytes beyond the operands and results: one upcast slice and what casting it needs, and packed operands."""
         if device.type != "cpu":
             return 0
-        own = 0
+        own, threads, hidden = 0, torch.get_num_threads(), weight.shape[1]
         if self._native_logits(weight):
-            own = torch.get_num_threads() * NATIVE_THREAD_BYTES
+            own = threads * 4 * NATIVE_THREAD_ROWS * min(hidden + 15, NATIVE_THREAD_COLUMNS)
         if self.gradient_dtype(device) == torch.bfloat16:
-            own += NATIVE_BYTES_PER_HIDDEN * weight.shape[1]
+            own = max(own, threads * NATIVE_GRADIENT_BYTES + NATIVE_BYTES_PER_HIDDEN * (hidden + 47))
         if weight.dtype == self.operand == self.accumulate:
             return own
         return 2 * UPCAST_SLICE_BYTES + own

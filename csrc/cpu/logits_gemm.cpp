@@ -60,7 +60,7 @@ void logits_gemm_cpu(const Tensor& hidden, const Tensor& weight, Tensor out) {
   const int64_t unit_work = std::max<int64_t>(1, gemm.tokens * gemm.size * COLUMN_UNIT);
   const int64_t grain = std::max<int64_t>(1, GRAIN_MULTIPLY_ADDS / unit_work);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(LOGITS_SCRATCH_FLOATS);
+    const Scratch scratch(logits_scratch_floats(gemm.words()));
     SDFT_DISPATCH(logits_gemm, gemm, begin * COLUMN_UNIT, std::min(end * COLUMN_UNIT, gemm.vocabulary), scratch.data());
   });
 }

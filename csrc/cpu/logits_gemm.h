@@ -15,6 +15,9 @@ struct LogitsGemm {
   int64_t hidden_stride, weight_stride, out_stride;
   bool bf16;   // hidden and weight, else fp32
   bool pairs;  // multiply bf16 by VDPBF16PS; only where isa() is avx512_bf16
+
+  // Of a sum, as the tiles see it.
+  int64_t words() const { return pairs ? (size + 1) / 2 : size; }
 };
 
 // Long sums are cut into blocks of equal size, at most this many words (fp32 numbers, or pairs of bf16).
@@ -23,10 +26,18 @@ constexpr int64_t K_BLOCK = 768;
 constexpr int64_t GROUP_COLUMNS = 192;
 // Where parts of the vocabulary may begin: a whole tile of every build.
 constexpr int64_t COLUMN_UNIT = 48;
-// What a thread needs: the packed group and a tile's rows of hidden.
-constexpr int64_t LOGITS_SCRATCH_FLOATS = (GROUP_COLUMNS + 8) * K_BLOCK;
+
+// Words of a K block for sums of `words` in all: in as few blocks as K_BLOCK allows, whole vectors of every build.
+constexpr int64_t block_words(int64_t words) {
+  const int64_t blocks = words > K_BLOCK ? (words + K_BLOCK - 1) / K_BLOCK : 1;
+  return ((words + blocks - 1) / blocks + 15) / 16 * 16;
+}
+
+// What a thread needs: the packed group and a tile's rows of hidden. At most 600 KiB.
+constexpr int64_t logits_scratch_floats(int64_t words) { return (GROUP_COLUMNS + 8) * block_words(words); }
 
 }  // namespace sdft
 
-// Computes the columns [begin, end) of `gemm.out`; `scratch` holds LOGITS_SCRATCH_FLOATS, on a 64-byte boundary.
+// Computes the columns [begin, end) of `gemm.out`; `scratch` holds logits_scratch_floats(words()), on
+// a 64-byte boundary.
 SDFT_DECLARE(void logits_gemm(const LogitsGemm& gemm, int64_t begin, int64_t end, float* scratch))

@@ -9,7 +9,7 @@ namespace {
 // 192, 64 and 32 columns: 576 KiB where there is AVX-512, 192 KiB for the smaller L2 caches of AVX2 processors.
 constexpr int64_t GROUP = 4 * TILE_COLUMNS;
 static_assert(GROUP <= GROUP_COLUMNS && COLUMN_UNIT % TILE_COLUMNS == 0, "parts of the vocabulary are tiles");
-static_assert(K_BLOCK % LANES == 0 && TILE_ROWS <= 8, "the scratch holds whole vectors");
+static_assert(16 % LANES == 0 && TILE_ROWS <= 8, "the scratch holds whole vectors");
 
 // How one operand's row becomes LANES words of a tile: `full` reads LANES * PER_WORD elements. IN_MEMORY: they lie
 // there word by word.
@@ -77,27 +77,30 @@ void pack_panel(const typename Words::element* weight, int64_t stride, int64_t c
   }
 }
 
-// to[i, k] = word k of row i, rows K_BLOCK words apart.
+// to[i * pitch + k] = word k of row i.
 template <class Words>
-void copy_rows(const typename Words::element* from, int64_t stride, int64_t rows, int64_t count, float* to) {
+void copy_rows(const typename Words::element* from, int64_t stride, int64_t rows, int64_t count, float* to,
+               int64_t pitch) {
   for (int64_t i = 0; i < rows; ++i) {
     for (int64_t k = 0; k * Words::PER_WORD < count; k += LANES) {
       const int64_t at = k * Words::PER_WORD;
-      store(to + i * K_BLOCK + k, words<Words>(from + i * stride + at, count - at));
+      store(to + i * pitch + k, words<Words>(from + i * stride + at, count - at));
     }
   }
 }
 
-// One K block of the columns [begin, begin + columns), columns <= GROUP.
+// One K block, `count` elements from `at` on, of the columns [begin, begin + columns), columns <= GROUP. A row of the
+// scratch takes `pitch` words.
 template <class Words, class Product>
-void group(const LogitsGemm& g, int64_t begin, int64_t columns, int64_t at, int64_t count, float* scratch) {
+void group(const LogitsGemm& g, int64_t begin, int64_t columns, int64_t at, int64_t count, int64_t pitch,
+           float* scratch) {
   using element = typename Words::element;
   const auto* hidden = static_cast<const element*>(g.hidden) + at;
   const auto* weight = static_cast<const element*>(g.weight) + begin * g.weight_stride + at;
-  float* tile_rows = scratch + GROUP_COLUMNS * K_BLOCK;
+  float* tile_rows = scratch + GROUP_COLUMNS * pitch;
   const int64_t steps = (count + Words::PER_WORD - 1) / Words::PER_WORD;
   for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
-    pack_panel<Words>(weight + j * g.weight_stride, g.weight_stride, columns - j, count, scratch + j * K_BLOCK);
+    pack_panel<Words>(weight + j * g.weight_stride, g.weight_stride, columns - j, count, scratch + j * pitch);
   }
   // Copying the rows of a tile would cost 4 to 10 % of the whole, since they come from L3: only where their words do
   // not lie in memory as they are.
@@ -106,37 +109,31 @@ void group(const LogitsGemm& g, int64_t begin, int64_t columns, int64_t at, int6
     const int64_t rows = g.tokens - token < TILE_ROWS ? g.tokens - token : TILE_ROWS;
     const element* from = hidden + token * g.hidden_stride;
     const float* left = tile_rows;
-    int64_t row_step = K_BLOCK;
+    int64_t row_step = pitch;
     if (direct) {
       left = reinterpret_cast<const float*>(from);
       row_step = g.hidden_stride / Words::PER_WORD;
     } else {
-      copy_rows<Words>(from, g.hidden_stride, rows, count, tile_rows);
+      copy_rows<Words>(from, g.hidden_stride, rows, count, tile_rows, pitch);
     }
     for (int64_t j = 0; j < columns; j += TILE_COLUMNS) {
       float* out = g.out + token * g.out_stride + begin + j;
-      ragged_tile<Product, TILE_ROWS, 1>(rows, left, row_step, scratch + j * K_BLOCK, steps, at > 0, out, g.out_stride,
+      ragged_tile<Product, TILE_ROWS, 1>(rows, left, row_step, scratch + j * pitch, steps, at > 0, out, g.out_stride,
                                          columns - j);
     }
   }
-}
-
-// Words of a K block: the sum in as few parts as K_BLOCK allows, which the size alone decides.
-int64_t block_words(int64_t words) {
-  const int64_t blocks = words > K_BLOCK ? (words + K_BLOCK - 1) / K_BLOCK : 1;
-  return ((words + blocks - 1) / blocks + LANES - 1) / LANES * LANES;
 }
 
 // Sums over K blocks: each from zero, then added to `out`, which also keeps long sums accurate. A block without
 // elements (size 0) writes the zeros.
 template <class Words, class Product>
 void all_groups(const LogitsGemm& g, int64_t begin, int64_t end, float* scratch) {
-  const int64_t block = block_words((g.size + Words::PER_WORD - 1) / Words::PER_WORD) * Words::PER_WORD;
+  const int64_t words = block_words(g.words()), block = words * Words::PER_WORD;
   for (int64_t first = begin; first < end; first += GROUP) {
     const int64_t columns = end - first < GROUP ? end - first : GROUP;
     int64_t at = 0;
     do {
-      group<Words, Product>(g, first, columns, at, g.size - at < block ? g.size - at : block, scratch);
+      group<Words, Product>(g, first, columns, at, g.size - at < block ? g.size - at : block, words, scratch);
       at += block;
     } while (at < g.size);
   }
