@@ -91,7 +91,8 @@ def logits_gemm(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -
         weight: (V, H), `hidden`'s dtype.
         out: (n, V), fp32. Overwritten.
 
-    Rows may be any distance apart, columns must be adjacent. Needs `has_native()`. Nothing is differentiable.
+    Rows may be any distance apart, columns must be adjacent. `has_native()` must have been asked: it loads the library.
+    Nothing is differentiable.
 
     Raises:
         RuntimeError: shapes, dtypes or strides do not fit.

@@ -34,7 +34,7 @@ void pack_pairs(const uint16_t* rows, int64_t stride, int64_t tokens, int64_t co
     __builtin_prefetch(rows + (2 * k + 1) * stride + 64, 0, 2);
     const vbfloat16 even = numbers(rows + 2 * k * stride, columns);
     const vbfloat16 odd = 2 * k + 1 < tokens ? numbers(rows + (2 * k + 1) * stride, columns) : vbfloat16{};
-    const vuint words = __builtin_convertvector(even, vuint) | __builtin_convertvector(odd, vuint) << 16;
+    const vuint words = bits_as<vuint>(widen(even)) >> 16 | bits_as<vuint>(widen(odd));
     std::memcpy(to + k * step, &words, sizeof(words));
   }
 }
