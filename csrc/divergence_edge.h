@@ -27,7 +27,7 @@ DivergenceSide<real> side_of(const Tensor& tile, const Tensor& like, double inne
   STD_TORCH_CHECK(tile.scalar_type() == TYPE<real>, "divergence_rows_: both tiles must be fp32, or both fp64");
   STD_TORCH_CHECK(tile.size(1) <= 1 || tile.stride(1) == 1, "divergence_rows_: rows of ", name, " must be contiguous");
   STD_TORCH_CHECK(tile.size(0) <= 1 || tile.stride(0) >= tile.size(1), "divergence_rows_: rows of ", name, " overlap");
-  return {static_cast<const real*>(tile.const_data_ptr()), tile.stride(0), inner != 0.0, inner, outer};
+  return {static_cast<real*>(tile.mutable_data_ptr()), tile.stride(0), inner != 0.0, inner, outer};
 }
 
 // A contiguous (rows, count) table; null if it is not given.

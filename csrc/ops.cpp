@@ -7,7 +7,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
   // Stages: affine | stats | gradient | partial | mixture, each with the arguments that it reads and writes (all
   // written ones in place). A softcap of none has an inner factor of 0.
   m.def(
-      "divergence_rows_(str stage, Tensor(a!) student, Tensor teacher, Tensor? target, Tensor? keep, Tensor? weights, "
+      "divergence_rows_(str stage, Tensor(a!) student, Tensor(h!) teacher, Tensor? target, Tensor? keep, Tensor? "
+      "weights, "
       "Tensor? old_logprob, float importance_clip, float inner_s, float outer_s, float inner_t, float outer_t, "
       "float slope, float? alpha, Tensor(b!)? tokens, Tensor(c!)? loss, Tensor(d!)? state, Tensor(e!)? partial, "
       "Tensor(f!)? sums, Tensor(g!)? gradient, int stream) -> ()");

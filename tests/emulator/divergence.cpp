@@ -99,8 +99,8 @@ void run(const DivergenceTask<real>& task, int blocks, int threads, bool residen
 template <typename real>
 void launch(const double* numbers, const int64_t* sizes, void* const* pointers) {
   DivergenceTask<real> task{};
-  task.student = {static_cast<const real*>(pointers[0]), sizes[2], numbers[0] != 0.0, numbers[0], numbers[1]};
-  task.teacher = {static_cast<const real*>(pointers[1]), sizes[2], numbers[2] != 0.0, numbers[2], numbers[3]};
+  task.student = {static_cast<real*>(pointers[0]), sizes[2], numbers[0] != 0.0, numbers[0], numbers[1]};
+  task.teacher = {static_cast<real*>(pointers[1]), sizes[2], numbers[2] != 0.0, numbers[2], numbers[3]};
   task.count = sizes[0];
   task.vocabulary = sizes[1];
   task.slope = numbers[4];

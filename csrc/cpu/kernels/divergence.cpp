@@ -4,7 +4,9 @@
 #include "sdft_kernels/divergence_row.h"
 
 // A row at a time: statistics block by block about the running maxima, the closed forms, then the gradient written over
-// the student's logits. A row of both models is read twice, the second time from the cache.
+// the student's logits. A row of both models is read twice, the second time from the cache. Where the gradient needs no
+// more than probabilities (the forward KL, the target's log-probability), the first reading leaves exponentials in
+// place of the logits: half of all exponentials, and a third of the time.
 namespace sdft::SDFT_ISA {
 namespace {
 
@@ -29,6 +31,7 @@ using lane_t = typename Lane<real>::type;
 
 // Entries whose maxima are taken before their sums: 32 KiB of both models, which stay in the first cache.
 constexpr int64_t BLOCK = 4096;
+constexpr int64_t MOST_BLOCKS = 256;  // in which exponentials are kept: rows of up to a million logits
 
 static inline int64_t smaller(int64_t a, int64_t b) { return a < b ? a : b; }
 
@@ -43,6 +46,17 @@ static inline lane_t<real> load_logits(const real* from, int64_t left) {
   value = lane_t<real>{} + real(-INFINITY);
   std::memcpy(&value, from, static_cast<size_t>(left) * sizeof(real));
   return value;
+}
+
+// The first `left` lanes to memory, in the tile's type or rounded to bf16 (to nearest even, a NaN stays one).
+template <typename real>
+static inline void store_lanes(real* to, lane_t<real> value, int64_t left) {
+  std::memcpy(to, &value, static_cast<size_t>(smaller(left, Lane<real>::count)) * sizeof(real));
+}
+
+static inline void store_lanes(uint16_t* to, vfloat value, int64_t left) {
+  const vbfloat16 rounded = narrow(round_to_bfloat16(value));
+  std::memcpy(to, &rounded, static_cast<size_t>(smaller(left, LANES)) * sizeof(uint16_t));
 }
 
 static inline double total(double value) { return value; }
@@ -67,7 +81,7 @@ static inline double largest(vfloat value) {
 
 template <typename real>
 struct Row {
-  const real *student, *teacher;
+  real *student, *teacher;
   int64_t vocabulary;
   ToZ<real> to_s, to_t;
 
@@ -87,8 +101,14 @@ struct Row {
   }
 };
 
+// About what each block's exponentials were taken.
+struct BlockPivots {
+  double student[MOST_BLOCKS], teacher[MOST_BLOCKS];
+};
+
+// With `keep`, every logit is replaced by its exponential.
 template <typename real>
-Statistics<double> statistics(const Row<real>& row) {
+Statistics<double> statistics(const Row<real>& row, BlockPivots* keep = nullptr) {
   using T = lane_t<real>;
   Statistics<double> all;
   for (int64_t begin = 0; begin < row.vocabulary; begin += BLOCK) {
@@ -102,7 +122,20 @@ Statistics<double> statistics(const Row<real>& row) {
     all.rescale(block_s > all.max_s ? block_s : all.max_s, block_t > all.max_t ? block_t : all.max_t);
     const real pivot_s = real(pivot(all.max_s)), pivot_t = real(pivot(all.max_t));
     Sums<T> sums;
-    row.each(begin, end, [&](T z_s, T z_t) { sums.add(z_s - pivot_s, z_t - pivot_t); });
+    if (keep == nullptr) {
+      row.each(begin, end, [&](T z_s, T z_t) { sums.add(z_s - pivot_s, z_t - pivot_t); });
+    } else {
+      keep->student[begin / BLOCK] = double(pivot_s);
+      keep->teacher[begin / BLOCK] = double(pivot_t);
+      int64_t v = begin;
+      row.each(begin, end, [&](T z_s, T z_t) {
+        const T y_s = z_s - pivot_s, y_t = z_t - pivot_t, e_s = Math<T>::exp(y_s), e_t = Math<T>::exp(y_t);
+        sums.add(y_s, y_t, e_s, e_t);
+        store_lanes(row.student + v, e_s, end - v);
+        store_lanes(row.teacher + v, e_t, end - v);
+        v += Lane<real>::count;
+      });
+    }
     all.sums.sum_s += total(sums.sum_s);
     all.sums.sum_t += total(sums.sum_t);
     all.sums.first_s += total(sums.first_s);
@@ -130,12 +163,13 @@ MixtureSums<double> mixture_sums(const Row<real>& row, const Numbers<double>& n,
 }
 
 template <typename real>
-Numbers<double> numbers_of(const DivergenceTask<real>& task, const Row<real>& row, int64_t index) {
-  Numbers<double> n = finish(statistics(row));
+Numbers<double> numbers_of(const DivergenceTask<real>& task, const Row<real>& row, int64_t index,
+                           BlockPivots* keep = nullptr) {
+  const int64_t label = label_of(task, index), vocabulary = row.vocabulary;
+  const double z_s = label_logit<double>(task.student, index, label, vocabulary);
+  const double z_t = label_logit<double>(task.teacher, index, label, vocabulary);
+  Numbers<double> n = finish(statistics(row, keep));
   if (task.target != nullptr) {
-    const int64_t label = task.target[index], vocabulary = row.vocabulary;
-    const double z_s = label_logit<double>(task.student, index, label, vocabulary);
-    const double z_t = label_logit<double>(task.teacher, index, label, vocabulary);
     n.student_logprob = logprob(z_s, label, vocabulary, n.pivot_s, n.sum_s);
     n.teacher_logprob = logprob(z_t, label, vocabulary, n.pivot_t, n.sum_t);
   }
@@ -144,17 +178,6 @@ Numbers<double> numbers_of(const DivergenceTask<real>& task, const Row<real>& ro
   }
   write_tokens(task, n, index);
   return n;
-}
-
-// Lanes of the gradient to memory, in the tile's type or rounded to bf16 (to nearest even, a NaN stays one).
-template <typename real>
-static inline void store_gradient(real* to, lane_t<real> value, int64_t left) {
-  std::memcpy(to, &value, static_cast<size_t>(smaller(left, Lane<real>::count)) * sizeof(real));
-}
-
-static inline void store_gradient(uint16_t* to, vfloat value, int64_t left) {
-  const vbfloat16 rounded = narrow(round_to_bfloat16(value));
-  std::memcpy(to, &rounded, static_cast<size_t>(smaller(left, LANES)) * sizeof(uint16_t));
 }
 
 // True in the lane of this number.
@@ -168,43 +191,80 @@ static inline vint lane_is(vfloat, int64_t place) {
   return lanes;
 }
 
-// An element is written after the lanes that hold it were read, at or below their place: `out` starts where the
-// student's row does, and its elements are no wider.
-template <typename real, typename out_t>
-void write_gradient(const Row<real>& row, const Numbers<double>& n, const Upstream<double>& g, double alpha,
-                    double slope, int64_t label, out_t* out) {
+// Writes value(s, t) of both rows' lanes, of entries [begin, end), at `out`, with the target's own share added. An
+// element is written after the lanes that hold it were read, at or below their place: `out` starts where the student's
+// row does, and its elements are no wider.
+template <typename real, typename out_t, typename Value>
+void write_lanes(const Row<real>& row, int64_t begin, int64_t end, int64_t label, real at_label, out_t* out,
+                 Value value) {
   using T = lane_t<real>;
-  const Gradient<real> gradient = Gradient<double>::of(n, g, alpha, slope).template as<real>();
-  const real pivot_s = real(n.pivot_s), pivot_t = real(n.pivot_t);
-  const T at_label = T{} + real(g.l * slope), zero{};
-  int64_t v = 0;
-  row.each(0, row.vocabulary, [&](T z_s, T z_t) {
-    T value = gradient(z_s - pivot_s, z_t - pivot_t);
+  for (int64_t v = begin; v < end; v += Lane<real>::count) {
+    T lanes = value(load_logits(row.student + v, end - v), load_logits(row.teacher + v, end - v));
     if (label >= v && label < v + Lane<real>::count) {
-      value += Math<T>::where(lane_is(zero, label - v), at_label, zero);
+      lanes += Math<T>::where(lane_is(T{}, label - v), T{} + at_label, T{});
     }
-    if (row.to_s.capped) {
-      value *= row.to_s.bend(z_s);
-    }
-    store_gradient(out + v, value, row.vocabulary - v);
-    v += Lane<real>::count;
+    store_lanes(out + v, lanes, end - v);
+  }
+}
+
+template <typename real, typename out_t>
+void write_gradient(const DivergenceTask<real>& task, const Row<real>& row, const Numbers<double>& n,
+                    const Upstream<double>& g, int64_t label, out_t* out) {
+  using T = lane_t<real>;
+  const double alpha = task.has_alpha ? task.alpha : 0.0;
+  const Gradient<real> gradient = Gradient<double>::of(n, g, alpha, task.slope).template as<real>();
+  const real pivot_s = real(n.pivot_s), pivot_t = real(n.pivot_t), no_label = real(0);
+  const ToZ<real> to_s = row.to_s, to_t = row.to_t;
+  const real at_label = real(g.l * task.slope);
+  if (!to_s.capped) {
+    write_lanes(row, 0, row.vocabulary, label, at_label, out,
+                [&](T s, T t) { return gradient(to_s(s) - pivot_s, to_t(t) - pivot_t); });
+    return;
+  }
+  // The softcap bends the target's share too.
+  const real bent = label < 0 || label >= row.vocabulary ? no_label : at_label * to_s.bend(to_s(row.student[label]));
+  write_lanes(row, 0, row.vocabulary, label, bent, out, [&](T s, T t) {
+    const T z_s = to_s(s);
+    return gradient(z_s - pivot_s, to_t(t) - pivot_t) * to_s.bend(z_s);
   });
+}
+
+// From the exponentials that `statistics` kept, each block's about its own pivot.
+template <typename real, typename out_t>
+void write_gradient_of_exponentials(const DivergenceTask<real>& task, const Row<real>& row, const BlockPivots& kept,
+                                    const Numbers<double>& n, const Upstream<double>& g, int64_t label, out_t* out) {
+  using T = lane_t<real>;
+  const real at_label = real(g.l * task.slope);
+  for (int64_t begin = 0; begin < row.vocabulary; begin += BLOCK) {
+    Numbers<double> of_block = n;
+    of_block.sum_s = n.sum_s * Math<double>::exp(n.pivot_s - kept.student[begin / BLOCK]);
+    of_block.sum_t = n.sum_t * Math<double>::exp(n.pivot_t - kept.teacher[begin / BLOCK]);
+    const Gradient<real> gradient = Gradient<double>::of(of_block, g, 0.0, task.slope).template as<real>();
+    const T rest = T{} + gradient.constant;
+    write_lanes(row, begin, smaller(begin + BLOCK, row.vocabulary), label, at_label, out,
+                [&](T e_s, T e_t) { return gradient.of_exponentials(e_s, e_t, rest); });
+  }
 }
 
 template <typename real>
 void gradient_of_row(const DivergenceTask<real>& task, const Row<real>& row, const Numbers<double>& n,
-                     Upstream<double> g, int64_t index) {
+                     Upstream<double> g, int64_t index, const BlockPivots* kept = nullptr) {
   const int64_t label = label_of(task, index);
   if (label == ABSENT_TARGET) {
     g.l = 0.0;
   }
-  const double alpha = task.has_alpha ? task.alpha : 0.0;
+  const auto write = [&](auto* base) {
+    auto* out = base + index * task.gradient_stride;
+    if (kept != nullptr) {
+      write_gradient_of_exponentials(task, row, *kept, n, g, label, out);
+    } else {
+      write_gradient(task, row, n, g, label, out);
+    }
+  };
   if (task.gradient_kind == GradientKind::same) {
-    real* out = static_cast<real*>(task.gradient) + index * task.gradient_stride;
-    write_gradient(row, n, g, alpha, task.slope, label, out);
+    write(static_cast<real*>(task.gradient));
   } else if constexpr (sizeof(real) == sizeof(float)) {
-    uint16_t* out = static_cast<uint16_t*>(task.gradient) + index * task.gradient_stride;
-    write_gradient(row, n, g, alpha, task.slope, label, out);
+    write(static_cast<uint16_t*>(task.gradient));
   }
 }
 
@@ -215,16 +275,27 @@ void zero_gradient(const DivergenceTask<real>& task, int64_t index) {
   std::memset(row, 0, static_cast<size_t>(task.vocabulary * size));
 }
 
+// Whether this row's gradient is made of probabilities alone.
+template <typename real>
+bool needs_probabilities_only(const DivergenceTask<real>& task, int64_t index) {
+  const real *w = task.weights + index, zero = real(0);
+  const int64_t count = task.count;
+  return task.gradient_kind != GradientKind::none && !task.has_alpha && !task.student.capped && w[count] == zero &&
+         w[2 * count] == zero && w[4 * count] == zero && task.vocabulary <= BLOCK * MOST_BLOCKS;
+}
+
 template <typename real>
 void affine(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
+  BlockPivots pivots;
   for (int64_t i = begin; i < end; ++i) {
     if (kept(task, i)) {
       const Row<real> row(task, i);
-      const Numbers<double> n = numbers_of(task, row, i);
+      BlockPivots* keep = needs_probabilities_only(task, i) ? &pivots : nullptr;
+      const Numbers<double> n = numbers_of(task, row, i, keep);
       const Upstream<double> g = upstream_of<double>(task, i, importance_ratio(task, n.student_logprob, i));
       task.loss[i] = real(token_loss(g, n));
       if (task.gradient_kind != GradientKind::none) {
-        gradient_of_row(task, row, n, g, i);
+        gradient_of_row(task, row, n, g, i, keep);
       }
     } else if (task.gradient_kind != GradientKind::none) {
       zero_gradient(task, i);

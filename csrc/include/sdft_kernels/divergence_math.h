@@ -103,11 +103,13 @@ template <typename T>
 struct Sums {
   T sum_s{}, sum_t{}, first_s{}, first_t{}, gap_s{}, gap_t{}, joint{};
 
-  // One entry (or one a lane) by its pivoted logits. What has an e of 0 is dropped, not multiplied: it may stand beside
-  // an infinite gap.
-  SDFT_INLINE void add(T y_s, T y_t) {
+  // One entry (or one a lane) by its pivoted logits.
+  SDFT_INLINE void add(T y_s, T y_t) { add(y_s, y_t, Math<T>::exp(y_s), Math<T>::exp(y_t)); }
+
+  // The same with its exponentials. What has an e of 0 is dropped, not multiplied: it may stand beside an infinite gap.
+  SDFT_INLINE void add(T y_s, T y_t, T e_s, T e_t) {
     using M = Math<T>;
-    const T e_s = M::exp(y_s), e_t = M::exp(y_t), gap = y_s - y_t, zero{};
+    const T gap = y_s - y_t, zero{};
     const auto none_s = e_s == Element<T>(0), none_t = e_t == Element<T>(0);
     sum_s += e_s;
     sum_t += e_t;
@@ -240,14 +242,13 @@ struct Gradient {
   // p_s - p_t of 1 % of p_s would be 6e-6 of the gradient: what both roundings differ by goes into the constant.
   template <typename real>
   SDFT_INLINE Gradient<real> as() const {
-    const E lost = (E(real(over_t)) / over_t - E(real(over_s)) / over_s) * g_f;
+    const E lost = (rounding<real>(over_t) - rounding<real>(over_s)) * g_f;
     return {real(log_ratio), real(poison), real(over_s), real(over_t),          real(g_f),
             real(g_r),       real(g_h),    real(g_m),    real(constant + lost), real(alpha)};
   }
 
   template <typename T>
   SDFT_INLINE T operator()(T y_s, T y_t) const {
-    const T p_s = Math<T>::exp(y_s) * over_s, p_t = Math<T>::exp(y_t) * over_t;
     T rest = broadcast_as<T>(constant);
     if (g_r != E(0)) {
       rest += (y_s - y_t) * g_r;
@@ -259,7 +260,21 @@ struct Gradient {
       T q;
       rest += over_mixture(y_s - y_t, log_ratio, alpha, q) * g_m;
     }
+    return of_exponentials(Math<T>::exp(y_s), Math<T>::exp(y_t), rest);
+  }
+
+  // From exponentials that over_s and over_t make probabilities; `rest` is `constant` where only g_f and g_l are not 0.
+  template <typename T>
+  SDFT_INLINE T of_exponentials(T e_s, T e_t, T rest) const {
+    const T p_s = e_s * over_s, p_t = e_t * over_t;
     return (p_s - p_t) * g_f + select(p_s, rest) + poison;
+  }
+
+ private:
+  // Relative error of a factor in the type of a tile; one that makes every probability vanish needs no correction.
+  template <typename real>
+  static SDFT_INLINE E rounding(E factor) {
+    return factor > E(1e-30) ? E(real(factor)) / factor - E(1) : E(0);
   }
 };
 

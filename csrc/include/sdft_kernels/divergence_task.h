@@ -9,7 +9,7 @@ namespace sdft {
 // One model's tile and its way from raw logits to z (`ToZ` of divergence_math.h).
 template <typename real>
 struct DivergenceSide {
-  const real* logits;
+  real* logits;  // the CPU's affine kernel may leave exponentials in them
   int64_t stride;
   bool capped;
   double inner, outer;
