@@ -2,6 +2,7 @@
 #include <torch/csrc/stable/library.h>
 
 STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
+  m.def("prefer_huge_pages_(Tensor(a!) tensor) -> ()");
   m.def("ema_update_(Tensor(a!) ema, Tensor param, float rate) -> ()");
   m.def("ema_update_hilo_(Tensor(a!) high, Tensor(b!) low, Tensor param, float rate) -> ()");
   // Stages: affine | stats | gradient | partial | mixture, each with the arguments that it reads and writes (all

@@ -16,7 +16,15 @@ import torch
 
 _OPS = "sdft_kernels._ops"
 _HOST = "sdft_kernels._host"
-_IN_PLACE = ("ema_update_", "ema_update_hilo_", "divergence_rows_", "logits_gemm", "weight_grad_gemm")
+_IN_PLACE = (
+    "prefer_huge_pages_",
+    "ema_update_",
+    "ema_update_hilo_",
+    "divergence_rows_",
+    "logits_gemm",
+    "weight_grad_gemm",
+)
+_HUGE_BYTES = 8 * 2**20  # a buffer this large holds whole pages of 2 MiB wherever it starts
 
 
 def has_native() -> bool:
@@ -116,6 +124,17 @@ def weight_grad_gemm(grad: torch.Tensor, hidden: torch.Tensor, total: torch.Tens
     """
     torch.ops.sdft_kernels.weight_grad_gemm(grad, hidden, total)
     torch.autograd.graph.increment_version(total)
+
+
+def on_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
+    """`fresh`, a contiguous tensor just allocated, with pages of 2 MiB asked for under it if it is large and on CPU.
+
+    glibc returns large tensors to the system, so each call's buffers are mapped anew, page by page at first use: 110 ms
+    for 128 MiB in pages of 4 KiB on a virtual machine, 30 ms in huge ones.
+    """
+    if fresh.device.type == "cpu" and fresh.numel() * fresh.element_size() >= _HUGE_BYTES and has_native():
+        torch.ops.sdft_kernels.prefer_huge_pages_(fresh)
+    return fresh
 
 
 def peak_flops(dtype: str) -> float:

@@ -12,6 +12,7 @@ from .._checks import check_target_range, same_tensor
 from .._chunks import Chunks, Head, Need, Products, cut, hidden_states, prepared, select_tokens
 from .._gemm import exact_matmul
 from .._head import Transform
+from .._native import on_huge_pages
 from .fields import DIFFERENTIABLE, FIELDS, available_fields
 from .token_loss import TokenLoss, evaluate
 from .vocab_parallel import Shard, ShardedRows
@@ -186,10 +187,10 @@ class _Call:
         )
         self.tokens = x.new_zeros(len(FIELDS), x.shape[0], dtype=self.gemm.accumulate)
         self.loss = self.tokens.new_zeros(x.shape[0])
-        self.tiles = self.tokens.new_empty(2 * self.chunks.size * self.rows.row_stride(w.shape[0]))
+        self.tiles = on_huge_pages(self.tokens.new_empty(2 * self.chunks.size * self.rows.row_stride(w.shape[0])))
         self.gradient_dtype = self.gemm.gradient_dtype(x.device) if any(self.need) else None
         self.grad_input = x.new_zeros(x.shape) if self.need.input else None
-        self.grad_weight = self.tokens.new_zeros(w.shape) if self.need.weight else None
+        self.grad_weight = on_huge_pages(self.tokens.new_empty(w.shape)).zero_() if self.need.weight else None
         self.grad_bias = self.tokens.new_zeros(w.shape[0]) if self.need.bias else None
 
     def _resolve(self, loss: Affine) -> Affine:
@@ -286,12 +287,17 @@ class _Call:
         if self.grad_weight is not None:
             self.gemm.grad_weight(grad, h_s, self.grad_weight)
 
+    def _rounded(self, grad_weight: Tensor) -> Tensor:
+        if grad_weight.dtype == self.weight_dtype:
+            return grad_weight
+        return on_huge_pages(grad_weight.new_empty(grad_weight.shape, dtype=self.weight_dtype)).copy_(grad_weight)
+
     def result(self) -> Result:
         b = self.student.bias
         return Result(
             self.loss.sum(dtype=torch.float64).to(self.loss.dtype),  # N numbers: free, and no order of chunks shows
             self.tokens,
             self.grad_input,
-            None if self.grad_weight is None else self.grad_weight.to(self.weight_dtype),
+            None if self.grad_weight is None else self._rounded(self.grad_weight),
             None if self.grad_bias is None or b is None else self.grad_bias.to(b.dtype),
         )
