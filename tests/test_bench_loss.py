@@ -161,6 +161,24 @@ def test_a_run_from_command_to_files(own_losses, tmp_path, capsys):
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([out.name] + [png.name] * bool(plot))
 
 
+def test_several_budgets_are_drawn_as_a_curve(tmp_path):
+    pytest.importorskip("matplotlib")
+    case = Case((48, 24, 512), "fp32", "cpu", ("sdft", "plain"), (32 * MIB, 64 * MIB, 128 * MIB), 1, 1, 0, "auto")
+    results = [
+        protocol.Result(request, seconds=[1.0], floor_seconds=[1.0], peak_bytes=MIB, device_name="a CPU")
+        for request in case.requests()
+    ]
+    drawn = []
+    figure = pytest.importorskip("matplotlib.figure").Figure
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(figure, "savefig", lambda self, path, **_: drawn.append(self))
+        report.plot(tmp_path / "curve.png", [(case, results)])
+    time_axis, memory_axis = drawn[0].axes
+    (curve,) = (line for line in time_axis.get_lines() if line.get_label() == "sdft")
+    assert list(curve.get_xdata()) == [32, 64, 128] and time_axis.get_xscale() == "log"
+    assert {line.get_label() for line in time_axis.get_lines()} == {"sdft", "plain", "gemm4"}
+
+
 @pytest.mark.parametrize(("failing", "status"), [("own_losses:raises", 0), ("trl_kernel", 0), ("sdft_tokens", 1)])
 def test_only_failures_of_ours_are_status_1(failing, status, monkeypatch, capsys):
     def measure(case, progress):
@@ -230,12 +248,15 @@ def test_gate_is_wider_for_bf16_peers_only():
 
 def test_design_suite_has_the_rows_of_the_bars():
     suite = design_suite("cpu", 2, 0, "auto", None)
-    assert [(c.shape, c.dtype, c.memory_budgets) for c in suite] == [
-        ((1024, 576, 49152), "fp32", (250 * MIB,)),
-        ((512, 640, 262144), "fp32", (512 * MIB,)),
-        ((1024, 576, 49152), "bf16", (250 * MIB,)),
-    ]
-    assert all("sdft" in c.variants and set(c.variants) <= set(VARIANT_NEEDS) for c in suite)
+    small, large = (1024, 576, 49152), (512, 640, 262144)
+    bars = {
+        (small, "fp32", "sdft_torch", 250), (small, "fp32", "sdft", 128), (small, "fp32", "sdft", 64),
+        (large, "fp32", "sdft_torch", 512), (large, "fp32", "sdft", 256), (large, "fp32", "sdft", 128),
+        (small, "bf16", "sdft", 128),
+    }  # fmt: skip
+    requests = [r for c in suite for r in c.requests()]
+    assert bars <= {(r.case.shape, r.case.dtype, r.variant, (r.memory_budget or 0) // MIB) for r in requests}
+    assert all(set(c.variants) <= set(VARIANT_NEEDS) for c in suite)
 
 
 @pytest.mark.parametrize(

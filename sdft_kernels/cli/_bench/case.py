@@ -54,8 +54,9 @@ VARIANT_NEEDS: dict[str, tuple[str | None, bool]] = {
     "liger_triton": ("liger_kernel", True),
     "sdft": (None, False),
     "sdft_tokens": (None, False),
+    "sdft_torch": (None, False),
 }
-OURS = ("sdft", "sdft_tokens")
+OURS = ("sdft", "sdft_tokens", "sdft_torch")
 
 
 def parse_variant(text: str) -> str:
@@ -161,12 +162,27 @@ def design_suite(device: str, threads: int, seed: int, impl: str, gate_tolerance
     hour on two cores.
     """
     peers = ("plain", "trl_full", "trl_kernel", "liger_chunked", "liger_triton")
+    small, large = (1024, 576, 49152), (512, 640, 262144)
     rows = [
-        ((1024, 576, 49152), "fp32", (*peers, "sdft", "sdft_tokens"), 250 * MIB, 5),
-        ((512, 640, 262144), "fp32", ("plain", "trl_kernel", "sdft"), 512 * MIB, 3),
-        ((1024, 576, 49152), "bf16", ("plain", "trl_kernel", "liger_chunked", "liger_triton", "sdft"), 250 * MIB, 3),
+        (small, "fp32", (*peers, "sdft_torch"), (250,), 5),
+        (small, "fp32", ("sdft", "sdft_tokens"), (128, 64), 5),
+        (large, "fp32", ("plain", "trl_kernel", "sdft_torch"), (512,), 3),
+        (large, "fp32", ("sdft",), (256, 128), 5),
+        (small, "bf16", ("plain", "trl_kernel", "liger_chunked", "liger_triton"), (None,), 3),
+        (small, "bf16", ("sdft",), (128,), 9),
     ]
     return [
-        Case(shape, dtype, device, variants, (budget,), repeats, threads, seed, impl, gate_tolerance)
-        for shape, dtype, variants, budget, repeats in rows
+        Case(
+            shape,
+            dtype,
+            device,
+            variants,
+            tuple(mib and mib * MIB for mib in budgets),
+            repeats,
+            threads,
+            seed,
+            impl,
+            gate_tolerance,
+        )
+        for shape, dtype, variants, budgets, repeats in rows
     ]

@@ -11,6 +11,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from sdft_kernels._version import __version__
 from sdft_kernels.cli._bench.case import MIB, Case
@@ -102,7 +103,10 @@ def _metric_rows(result: Result) -> list[dict[str, str]]:
     if request.variant in _DISTRIBUTIONS:
         config["provider_version"] = package_version(_DISTRIBUTIONS[request.variant])
     if request.variant.startswith("sdft"):
-        config |= {"memory_budget": request.memory_budget, "impl": case.impl}
+        config |= {
+            "memory_budget": request.memory_budget,
+            "impl": "torch" if request.variant == "sdft_torch" else case.impl,
+        }
     peak = None if result.peak_bytes is None else result.peak_bytes / MIB
     common = {
         "kernel_name": "linear_divergence_loss",
@@ -166,6 +170,48 @@ def _table_row(result: Result) -> tuple[str, ...]:
     )
 
 
+_CURVE_BUDGETS = 3  # that one variant ran with: time and peak are then drawn against the budget
+
+
+def _peak_mib(result: Result) -> float:
+    return 0.0 if result.peak_bytes is None else result.peak_bytes / MIB
+
+
+def _draw_bars(time_axis: Any, memory_axis: Any, timed: Sequence[Result]) -> None:
+    labels = [result.request.label for result in timed]
+    ratios = time_axis.barh(labels, [result.median_ratio for result in timed], color="tab:blue")
+    time_axis.bar_label(ratios, fmt="%.2f", padding=3)
+    time_axis.axvline(1.0, color="black", linewidth=0.8)
+    time_axis.set_xlabel("time over the four GEMMs")
+    memory_axis.bar_label(
+        memory_axis.barh(labels, list(map(_peak_mib, timed)), color="tab:orange"), fmt="%.0f", padding=3
+    )
+    memory_axis.set_xlabel("peak beyond inputs and gradients, MiB")
+    for axis in (time_axis, memory_axis):
+        axis.margins(x=0.15)
+
+
+def _draw_curve(time_axis: Any, memory_axis: Any, timed: Sequence[Result]) -> None:
+    """Of every variant that ran with budgets; variants without one are lines across."""
+    for variant in dict.fromkeys(result.request.variant for result in timed):
+        runs = [result for result in timed if result.request.variant == variant and result.request.memory_budget]
+        runs.sort(key=lambda result: result.request.memory_budget or 0)
+        budgets = [(result.request.memory_budget or 0) / MIB for result in runs]
+        time_axis.plot(budgets, [result.median_ratio for result in runs], "o-", label=variant)
+        memory_axis.plot(budgets, list(map(_peak_mib, runs)), "o-", label=variant)
+    others = [result for result in timed if not result.request.memory_budget]
+    for i, result in enumerate(others):
+        time_axis.axhline(result.median_ratio, color=f"C{i + 4}", linewidth=0.9, label=result.request.label)
+    time_axis.set_ylabel("time over the four GEMMs")
+    memory_axis.set_ylabel("peak beyond inputs and gradients, MiB")
+    for axis in (time_axis, memory_axis):
+        axis.set_xscale("log", base=2)
+        axis.xaxis.set_major_formatter("{x:g}")
+        axis.set_xlabel("memory_budget, MiB")
+        axis.set_ylim(bottom=0)
+        axis.legend(fontsize=8)
+
+
 def plot(path: Path, cases: Sequence[tuple[Case, Sequence[Result]]]) -> None:
     """Draw time over ``gemm4`` and peak memory, one row of panels per case, as an image at `path`."""
     from matplotlib.figure import Figure
@@ -175,17 +221,11 @@ def plot(path: Path, cases: Sequence[tuple[Case, Sequence[Result]]]) -> None:
     axes = figure.subplots(len(cases), 2, squeeze=False)
     for (case, results), (time_axis, memory_axis) in zip(cases, axes, strict=True):
         timed = [result for result in results if result.seconds][::-1]
-        labels = [result.request.label for result in timed]
-        ratios = time_axis.barh(labels, [result.median_ratio for result in timed], color="tab:blue")
-        time_axis.bar_label(ratios, fmt="%.2f", padding=3)
-        time_axis.axvline(1.0, color="black", linewidth=0.8)
         time_axis.set_title("N={} H={} V={} {}".format(*case.shape, case.dtype))
-        time_axis.set_xlabel("time over the four GEMMs")
-        peaks = [0.0 if result.peak_bytes is None else result.peak_bytes / MIB for result in timed]
-        memory_axis.bar_label(memory_axis.barh(labels, peaks, color="tab:orange"), fmt="%.0f", padding=3)
-        memory_axis.set_xlabel("peak beyond inputs and gradients, MiB")
-        for axis in (time_axis, memory_axis):
-            axis.margins(x=0.15)
+        if len({result.request.memory_budget for result in timed} - {None}) >= _CURVE_BUDGETS:
+            _draw_curve(time_axis, memory_axis, timed)
+        else:
+            _draw_bars(time_axis, memory_axis, timed)
     source = commit() or f"version {__version__}"
     figure.suptitle(f"loss + backward, {cases[0][1][0].device_name}, {source}", fontsize=10)
     figure.savefig(path, dpi=150)

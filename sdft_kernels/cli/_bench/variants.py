@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -135,6 +135,11 @@ def make_liger_triton(inputs: LossInputs) -> LossAndGrad:
     return loss_and_grad
 
 
+def make_sdft_torch(inputs: LossInputs) -> LossAndGrad:
+    """`make_sdft` with the PyTorch row kernels, whatever the run's implementation is."""
+    return make_sdft(replace(inputs, impl="torch"))
+
+
 def make_sdft(inputs: LossInputs) -> LossAndGrad:
     """This package's `linear_divergence_loss` with its default token loss: value and gradient in one pass (4G)."""
     from sdft_kernels import linear_divergence_loss
@@ -192,6 +197,7 @@ VARIANTS = {
     "liger_triton": Variant(make_liger_triton),
     "sdft": Variant(make_sdft),
     "sdft_tokens": Variant(make_sdft_tokens),
+    "sdft_torch": Variant(make_sdft_torch),
 }
 
 
