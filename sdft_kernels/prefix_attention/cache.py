@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sdft_kernels.prefix_attention.identity import Fingerprint, ModelState, fingerprint, model_state, unwrapped
+from .identity import Fingerprint, ModelState, fingerprint, model_state, unwrapped
 
 # One layer's key and value, (P, Hkv, D) each; sliding layers may keep fewer than P, the last ones.
 KeyValue = tuple[Tensor, Tensor]
@@ -21,7 +21,7 @@ Layers = Mapping[int, KeyValue]
 POLICIES = ("admit_until_full", "lru")
 
 
-class Owner(NamedTuple):
+class CacheOwner(NamedTuple):
     """A model in one state, with weights that were checked: what `PrefixCache.owner` returns and `fetch` takes."""
 
     model: int  # id of the object, which the cache watches
@@ -111,7 +111,7 @@ class PrefixCache:
         self.offload = offload
         self.device = torch.device("cpu") if offload else None if device is None else torch.device(device)
         self._watched: dict[int, _Watched] = {}
-        self._entries: OrderedDict[tuple[Owner, int, bytes], _Entry] = OrderedDict()
+        self._entries: OrderedDict[tuple[CacheOwner, int, bytes], _Entry] = OrderedDict()
         self._counts = CacheStatistics()
 
     @property
@@ -119,7 +119,7 @@ class PrefixCache:
         """The counts now."""
         return self._counts
 
-    def owner(self, model: nn.Module) -> Owner:
+    def owner(self, model: nn.Module) -> CacheOwner:
         """`model` as it is now, for `fetch`: reads its state and checks its weights. Call it once for each pass.
 
         Args:
@@ -137,7 +137,7 @@ class PrefixCache:
                 "cache.invalidate(model) after every update or load, or use one cache for each of two models that swap "
                 "their weights into one module"
             )
-        return Owner(id(model), watched.version, state)
+        return CacheOwner(id(model), watched.version, state)
 
     def invalidate(self, model: nn.Module | None = None) -> None:
         """Forget what the weights of `model` (None: of any model) computed: they changed, or are about to."""
@@ -149,7 +149,7 @@ class PrefixCache:
                 self._drop(key)
 
     def fetch(
-        self, owner: Owner, token_ids: Sequence[int], prefill: Callable[[], Layers], *, first_position: int = 0
+        self, owner: CacheOwner, token_ids: Sequence[int], prefill: Callable[[], Layers], *, first_position: int = 0
     ) -> Layers:
         """Keys and values of a prefix: those kept, else those that `prefill` computes.
 
@@ -201,10 +201,10 @@ class PrefixCache:
         for key in [key for key in self._entries if key[0].model == model]:
             self._remove(key)
 
-    def _remove(self, key: tuple[Owner, int, bytes]) -> None:
+    def _remove(self, key: tuple[CacheOwner, int, bytes]) -> None:
         self._count(entries=-1, bytes=-_nbytes(self._entries.pop(key).layers))
 
-    def _admit(self, key: tuple[Owner, int, bytes], computed: dict[int, KeyValue]) -> None:
+    def _admit(self, key: tuple[CacheOwner, int, bytes], computed: dict[int, KeyValue]) -> None:
         size = _nbytes(computed)
         while self.policy == "lru" and size <= self.budget_bytes < self._counts.bytes + size:
             self._remove(next(iter(self._entries)))
