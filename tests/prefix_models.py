@@ -36,6 +36,8 @@ def tiny(family: str, window: int = 4, **overrides: Any) -> Any:
     config = getattr(t, f"{name}Config")(**(base | options | overrides))
     torch.manual_seed(1)
     model = getattr(t, f"{name.removesuffix('Text')}ForCausalLM")(config)
+    if family == "gemma2":  # before 5.24 transformers defaults to sdpa, which ignores the softcap
+        model.set_attn_implementation("eager")
     with torch.no_grad():
         for parameter in model.parameters():  # norms and sinks start at constants that hide mistakes
             if parameter.dim() == 1:

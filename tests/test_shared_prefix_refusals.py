@@ -192,6 +192,13 @@ def test_recurrent_layers_do_leak_in_a_packed_row(monkeypatch):
         enable_shared_prefix(model)
 
 
+def test_a_softcap_that_stock_attention_ignores():
+    model = tiny("gemma2")
+    model.config._attn_implementation_internal = "sdpa"
+    with pytest.raises(ValueError, match=r"sdpa ignores.*set_attn_implementation\('eager'\)"):
+        enable_shared_prefix(model)
+
+
 def test_multimodal_wrapper():
     text = tiny("gemma3").config
     config = transformers.Gemma3Config(text_config=text.to_dict(), vision_config=dict(

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from sdft_kernels.models.attention_hook import is_hooked
+from sdft_kernels.models.attention_hook import is_hooked, stock_implementation
 from sdft_kernels.models.head import refuse_prompt_learning
 from sdft_kernels.models.hidden import backbone, unwrap_peft
 
@@ -47,6 +47,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(
             f"{name} has layers other than attention ({', '.join(odd) or recurrent}), whose state would run from one "
             "completion into the next: run its sequences separately (completion_hidden_states)"
+        )
+    if stock_implementation(config._attn_implementation) == "sdpa" and getattr(config, "attn_logit_softcapping", None):
+        raise ValueError(
+            f"{name} caps its attention logits, which sdpa ignores (transformers before 5.24) or refuses: call "
+            "set_attn_implementation('eager') first"
         )
     if not base._can_set_attn_implementation():
         raise ValueError(f"{name} does not call its attention through transformers' AttentionInterface")
