@@ -72,7 +72,7 @@ def make_case(
 def attend_alone(case: Case) -> tuple[Tensor, Tensor]:
     """Output and LSE with each segment's sequence unpacked and attended on its own, in the case's dtype throughout."""
     tree, group = case.tree, case.query.shape[1] // case.key.shape[1]
-    out, lse = torch.zeros_like(case.query), case.query.new_zeros(case.query.shape[:2])
+    out, lse = 0 * case.query, 0 * case.query[..., 0]
     for segment, path in enumerate(tree.paths):
         if not tree.lengths[segment]:
             continue
@@ -127,5 +127,7 @@ def run(case: Case, impl: str, grad: Tensor, grad_lse: Tensor | None = None) -> 
     if grad_lse is not None:
         loss = loss + (lse * grad_lse.to(lse)).sum()
     loss.backward()
-    grads = {f"grad_{name}": leaf.grad for name, leaf in leaves.items()}
+    grads = {
+        f"grad_{name}": torch.zeros_like(leaf) if leaf.grad is None else leaf.grad for name, leaf in leaves.items()
+    }
     return {"out": out.detach(), "lse": lse.detach()} | grads
