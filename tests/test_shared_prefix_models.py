@@ -74,8 +74,10 @@ def test_windows(family, window):
             got = packed(model, prompts, completions, cache=cache)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
     assert (wide - wanted).abs().max() > 1e-2  # control: the window matters
-    kept = {layers[0][0].shape[0] for layers in (entry.layers for entry in cache._entries.values())}
-    assert kept == {min(window - 1, len(prompts[0]) - 1)}
+    (entry,) = cache._entries.values()
+    assert entry.layers[0][0].shape[0] == min(window - 1, len(prompts[0]) - 1)
+    held = [tensor for pair in entry.layers.values() for tensor in pair]
+    assert sum(tensor.untyped_storage().nbytes() for tensor in held) == cache.statistics.bytes
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -216,6 +218,21 @@ def test_each_prompt_is_computed_once():
     assert sum(tokens) > 3 * (9 + own)  # control
 
 
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("family", ["llama", "gemma2"])
+def test_compiled(family):
+    """With a tree and without one, in one graph."""
+    model = tiny(family)
+    enable_shared_prefix(model)
+    tree, ids = PrefixTree.from_sequences(sequences(*batch("two")))
+    calls = [dict(input_ids=ids[None], **shared_prefix_kwargs(tree)), dict(input_ids=ids.view(3, 7), use_cache=False)]
+    with torch.no_grad():
+        for call in calls:
+            torch.compiler.reset()
+            compiled = torch.compile(model, backend="eager", fullgraph=True)
+            assert torch.equal(compiled(**call).logits, model(**call).logits)
+
+
 @pytest.mark.parametrize("token_budget", [1, 20, 10_000])
 def test_token_budget_changes_nothing(token_budget):
     model = tiny("qwen2")
@@ -239,6 +256,20 @@ def test_one_prompt_per_completion():
             got = packed(model, prompts, [[c] for c in completions], **options)
             torch.testing.assert_close(got, wanted, rtol=0, atol=1e-5)
     assert cache.statistics.misses == 1
+
+
+def test_the_budget_counts_equal_prompts_once():
+    model = tiny("llama")
+    enable_shared_prefix(model, verify=False)
+    tokens = []
+    model.model.embed_tokens.register_forward_hook(lambda module, inputs, _: tokens.append(inputs[0].numel()))
+    prompts, completions = flat(*batch("eight"))
+    packed(model, prompts, [[c] for c in completions], token_budget=30)
+    own = sum(len(c) - 1 for c in completions if c)
+    assert own + 9 > 25 and tokens == [own + 9]
+    tokens.clear()
+    packed(model, prompts, [[c] for c in completions], token_budget=20)
+    assert len(tokens) == 2 and max(tokens) <= 20 and sum(tokens) == own + 18
 
 
 def test_edges():
@@ -308,6 +339,20 @@ def test_lora_and_its_base():
         adapted = packed(model, prompts, completions, cache=cache)
         torch.testing.assert_close(adapted, wanted.detach(), rtol=0, atol=1e-5)
     assert cache.statistics.hits == 0
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_lora_with_gradient_checkpointing(use_reentrant):
+    """Frozen embeddings: reentrant checkpointing needs inputs that require grad, as in any training with PEFT."""
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=2, init_lora_weights=False)
+    model = peft.get_peft_model(tiny("qwen3"), config).train()
+    enable_shared_prefix(model)
+    prompts, completions = batch("deep")
+    wanted = gradients(model, packed(model, prompts, completions))
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    assert_gradients_close(gradients(model, packed(model, prompts, completions)), wanted, rtol=1e-6)
 
 
 def test_teacher_with_a_cache():

@@ -150,9 +150,10 @@ def _over_trees(
     layer, window = module.layer_idx, options.get("sliding_window")
     q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # (T, heads, D)
     if row.capture:
-        # Under autocast a norm leaves keys in fp32, which the op would round again in every pass.
-        first, kept = 0 if window is None else max(0, len(k) - (window - 1)), operand_dtype(query)
-        row.captured[layer] = (k[first:].to(kept), v[first:].to(kept))
+        # Under autocast a norm leaves keys in fp32, which the op would round again in every pass. Contiguous, so that
+        # the layer's own tensors (fused projections, keys before the window) go when the layer is done.
+        first, dtype = 0 if window is None else max(0, len(k) - (window - 1)), operand_dtype(query)
+        row.captured[layer] = (k[first:].to(dtype).contiguous(), v[first:].to(dtype).contiguous())
     settings: dict[str, Any] = dict(
         scale=options.get("scaling"), softcap=options.get("softcap"), window=window, sinks=options.get("s_aux")
     )

@@ -101,15 +101,15 @@ def packed_hidden_states(
     Without a cache a pass is one row over the prefix tree of its sequences, which also finds what several prompts, or
     several completions, have in common; gradients flow where they are enabled. With a cache every prompt but its last
     token is prefilled alone, whether or not it is found there, and read from there: equal bits with a warm cache, a
-    cold one and one that keeps nothing.
+    cold one and one that keeps nothing. Dropout (of an adapter, say) draws once for what is shared.
 
     Args:
         model: enabled by `enable_shared_prefix`; runs in whatever mode it is in.
         prompts: B token-id lists, none empty.
         completions: for each prompt a list of token-id lists; either may be empty.
         cache: for passes without gradients.
-        token_budget: tokens per pass, shared ones counted once for each prompt; a longer prompt with its completions
-            runs alone.
+        token_budget: tokens per pass, those of equal neighbouring prompts counted once; a longer prompt with its
+            completions runs alone.
 
     Returns:
         For each prompt, for each of its completions of L tokens, (L, H) after the final norm. They agree with those of
@@ -214,17 +214,22 @@ def _owners(batch: list[int], completions: Sequence[Sequence[TokenIds]]) -> list
 def _batches(
     prompts: Sequence[TokenIds], completions: Sequence[Sequence[TokenIds]], token_budget: int
 ) -> Iterator[list[int]]:
-    """Indices of the prompts with a non-empty completion, in order, each batch within the budget."""
+    """Indices of the prompts with a non-empty completion, in order, each batch within the budget.
+
+    What equal prompts one after the other share counts once, as it is computed once.
+    """
     batch: list[int] = []
     used = 0
     for i, (prompt, group) in enumerate(zip(prompts, completions, strict=True)):
         lengths = [len(c) - 1 for c in group if len(c)]
         if not lengths:
             continue
-        tokens = len(prompt) + sum(lengths)
+        again = bool(batch) and list(prompt) == list(prompts[batch[-1]])
+        tokens = sum(lengths) + (0 if again else len(prompt))
         if batch and used + tokens > token_budget:
             yield batch
             batch, used = [], 0
+            tokens = sum(lengths) + len(prompt)
         batch.append(i)
         used += tokens
     if batch:
