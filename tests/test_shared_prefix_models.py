@@ -380,22 +380,36 @@ def test_teacher_with_a_cache():
     assert (first - second).abs().max() > 1e-2
 
 
-def test_the_check_sees_a_wrong_attention(monkeypatch):
-    """`verify` is no ornament: with the window off by one, or the prefix dropped, it raises and undoes the change."""
+@pytest.mark.parametrize(
+    ("family", "wrong"),
+    [
+        ("mistral", lambda kw: kw | dict(window=kw["window"] + 1)),
+        ("mistral", lambda kw: kw | dict(window=None)),
+        ("llama", lambda kw: kw | dict(prefix_kv=None)),
+        ("llama", lambda kw: kw | dict(scale=kw["scale"] * 1.01)),
+        ("gemma2", lambda kw: kw | dict(softcap=None)),
+        ("gpt_oss", lambda kw: kw | dict(sinks=None)),
+    ],
+    ids=["window + 1", "no window", "no prefix", "scale", "no softcap", "no sinks"],
+)
+def test_the_check_sees_a_wrong_attention(family, wrong, monkeypatch):
+    """`verify` is no ornament: it raises, and leaves the model as it was."""
     from sdft_kernels.models import attention_hook
 
     right = attention_hook.shared_prefix_attention
-    wrong = {
-        "window": lambda *args, window, **kw: right(*args, window=window and window + 1, **kw),
-        "prefix": lambda *args, prefix_kv, **kw: right(*args, **kw),
-        "scale": lambda *args, scale, **kw: right(*args, scale=scale * 1.01, **kw),
-    }
-    for name, function in wrong.items():
-        model = tiny("mistral", window=3)
-        monkeypatch.setattr(attention_hook, "shared_prefix_attention", function)
-        with pytest.raises(ValueError, match="other hidden states with a shared prefix"):
-            enable_shared_prefix(model)
-        assert model.config._attn_implementation == "sdpa", name
+    model = tiny(family, window=3)
+    stock = model.config._attn_implementation
+    monkeypatch.setattr(attention_hook, "shared_prefix_attention", lambda *args, **kw: right(*args, **wrong(kw)))
+    with pytest.raises(ValueError, match="other hidden states with a shared prefix"):
+        enable_shared_prefix(model)
+    assert model.config._attn_implementation == stock
     monkeypatch.undo()
     enable_shared_prefix(model)
     verify_shared_prefix(model)
+
+
+def test_the_integration_names_the_same_things():
+    from sdft_kernels.integrations import transformers as integration
+
+    assert integration.packed_hidden_states is packed_hidden_states
+    assert all(hasattr(integration, name) for name in integration.__all__)

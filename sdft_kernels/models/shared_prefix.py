@@ -109,7 +109,7 @@ def packed_hidden_states(
         completions: for each prompt a list of token-id lists; either may be empty.
         cache: for passes without gradients.
         token_budget: tokens per pass, those of equal neighbouring prompts counted once; a longer prompt with its
-            completions runs alone.
+            completions runs alone. With a cache that keeps little, also the tokens whose keys and values are in memory.
 
     Returns:
         For each prompt, for each of its completions of L tokens, (L, H) after the final norm. They agree with those of
