@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from sdft_kernels.models.hidden import evaluation_mode
+
 # Per prompt R token-id lists. An engine may return a pair: these, and sampling log-probabilities of the same shape.
 Completions = list[list[list[int]]]
 RolloutFunction = Callable[[list[list[int]], int], Completions | tuple[Completions, list[list[list[float]]]]]
@@ -110,18 +112,6 @@ def stop_token_ids(model: nn.Module, tokenizer: Any = None) -> list[int]:
     result = [ids] if isinstance(ids, int) else list(ids or [])
     eos = getattr(tokenizer, "eos_token_id", None)
     return result if eos is None or eos in result else [eos, *result]
-
-
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
-    """Every submodule in eval mode, each restored to its own mode afterwards."""
-    modes = [(child, child.training) for child in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for child, mode in modes:
-            child.training = mode
 
 
 @contextlib.contextmanager

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from sdft_kernels._ema import ema_update_, ema_update_hilo_, split_hilo
-from sdft_kernels.distill.rollouts import evaluation_mode
 from sdft_kernels.models import HeadSpec, head_spec
+from sdft_kernels.models.hidden import evaluation_mode
 
 logger = logging.getLogger(__name__)
 

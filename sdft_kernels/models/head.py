@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from sdft_kernels.models.hidden import hidden_states, unwrap_peft
+from sdft_kernels.models.hidden import evaluation_mode, hidden_states, unwrap_peft
 
 # Configuration attribute -> {model type: how it enters the logits}. Read from the modeling files of transformers 5.24.
 SCALE_RULES: Mapping[str, Mapping[str, Literal["multiply", "divide"]]] = {
@@ -132,7 +132,7 @@ def head_kwargs(model: nn.Module, side: Literal["student", "teacher"] = "student
 def head_spec(model: nn.Module) -> HeadSpec:
     """The head of `model` as a `HeadSpec`; raises as `head_kwargs` does."""
     base = unwrap_peft(model)
-    _refuse_prompt_learning(model)
+    refuse_prompt_learning(model)
     name = type(base).__name__
     config = getattr(base, "config", None)
     if config is None or not hasattr(base, "get_output_embeddings"):
@@ -146,7 +146,8 @@ def head_spec(model: nn.Module) -> HeadSpec:
     return HeadSpec(weight=head.weight, bias=head.bias, logit_scale=scale, softcap=softcap)
 
 
-def _refuse_prompt_learning(model: nn.Module) -> None:
+def refuse_prompt_learning(model: nn.Module) -> None:
+    """Raise NotImplementedError where a PEFT adapter prepends virtual tokens."""
     for adapter in getattr(model, "peft_config", {}).values():
         if getattr(adapter, "is_prompt_learning", False):
             raise NotImplementedError(
@@ -247,9 +248,7 @@ def verify_head(model: nn.Module, rtol: float | None = None) -> None:
         ValueError: the logits differ.
     """
     spec, base = head_spec(model), unwrap_peft(model)
-    modes = [(module, module.training) for module in base.modules()]
-    base.eval()
-    try:
+    with evaluation_mode(base):
         vocabulary = spec.weight.shape[0]
         ids = (torch.arange(1, 5, device=spec.weight.device) * 7919 % vocabulary)[None]
         expected = base(input_ids=ids, use_cache=False).logits.float()
@@ -257,9 +256,6 @@ def verify_head(model: nn.Module, rtol: float | None = None) -> None:
         logits = nn.functional.linear(hidden.to(spec.weight.dtype), spec.weight, spec.bias).float() * spec.logit_scale
         if spec.softcap is not None:
             logits = spec.softcap * torch.tanh(logits / spec.softcap)
-    finally:
-        for module, mode in modes:
-            module.training = mode
     rtol = rtol if rtol is not None else (1e-4 if spec.weight.element_size() >= 4 else 0.03)
     if expected.shape != logits.shape:
         raise ValueError(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,6 +17,31 @@ TOKEN_BUDGET = 8192
 def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model; `model` itself if it is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def backbone(model: nn.Module) -> nn.Module:
+    """The model without its head, from which hidden states come.
+
+    Raises:
+        ValueError: the model has no backbone of its own.
+    """
+    base = unwrap_peft(model)
+    inner: nn.Module = getattr(base, "base_model", base)
+    if inner is base:
+        raise ValueError(f"{type(base).__name__} has no backbone (base_model) apart from its head")
+    return inner
+
+
+@contextlib.contextmanager
+def evaluation_mode(module: nn.Module) -> Iterator[None]:
+    """Every submodule in eval mode, each restored to its own mode afterwards."""
+    modes = [(child, child.training) for child in module.modules()]
+    module.eval()
+    try:
+        yield
+    finally:
+        for child, mode in modes:
+            child.training = mode
 
 
 def context_length(model: nn.Module) -> int | None:
@@ -40,11 +66,8 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     Raises:
         ValueError: the model has no backbone of its own.
     """
-    base = unwrap_peft(model)
-    backbone = getattr(base, "base_model", base)
-    if backbone is base:
-        raise ValueError(f"{type(base).__name__} has no backbone (base_model) apart from its head")
-    return backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+    output: Any = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    return output.last_hidden_state
 
 
 def completion_hidden_states(

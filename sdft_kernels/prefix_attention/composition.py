@@ -1,0 +1,127 @@
+"""Shared-prefix attention as a walk over parts, merged by their log-sum-exps. The derivation is in the README.
+
+Segments are walked one by one, each with its parts from root to leaf, so that a segment's bits depend on its own path
+only. Keys and values are read where they lie.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from types import ModuleType
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .._checks import accumulate_dtype
+from . import part_dense, part_flash
+from .part_dense import BLOCK_KEYS, BLOCK_ROWS
+from .parts import Merged, Part, Scoring, blocks, segment_parts
+from .tree import PrefixTree
+
+
+class Inputs(NamedTuple):
+    """One layer's tensors, last dimensions contiguous."""
+
+    query: Tensor  # (T, Hq, D)
+    key: Tensor  # (T, Hkv, D)
+    value: Tensor  # (T, Hkv, D)
+    sinks: Tensor | None  # (Hq,)
+    cached_key: Tensor | None  # (P, Hkv, D)
+    cached_value: Tensor | None  # (P, Hkv, D)
+
+    def keys_of(self, part: Part) -> tuple[Tensor, Tensor]:
+        """(S, Hkv, D) views of the part's keys and values."""
+        if part.cached:
+            assert self.cached_key is not None and self.cached_value is not None
+            return self.cached_key[part.keys], self.cached_value[part.keys]
+        return self.key[part.keys], self.value[part.keys]
+
+    @property
+    def prefix(self) -> int:
+        """Tokens in the cached prefix."""
+        return 0 if self.cached_key is None else self.cached_key.shape[0]
+
+
+class Options(NamedTuple):
+    """What does not change from layer to layer."""
+
+    tree: PrefixTree
+    scoring: Scoring
+    window: int | None
+
+
+class Grads(NamedTuple):
+    """Gradients of query, key, value (in their dtype) and sinks."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    sinks: Tensor | None
+
+
+def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
+    """(T, Hq, D) in the query's dtype, and the (T, Hq) natural-log LSE in fp32 (fp64 for fp64)."""
+    query = inputs.query
+    wide = accumulate_dtype(query.dtype)
+    out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
+    lse = torch.full(query.shape[:2], -math.inf, dtype=wide, device=query.device)
+    if inputs.sinks is not None:
+        lse.copy_(inputs.sinks.expand_as(lse))
+    for segment in range(len(options.tree)):
+        rows = slice(options.tree.offsets[segment], options.tree.offsets[segment + 1])
+        # The sum over parts stays wide until its last part: bf16 rounds once.
+        total = out[rows] if query.dtype == wide else out[rows].to(wide)
+        for kernel, part in _calls(inputs, options, segment):
+            own = slice(part.rows.start - rows.start, part.rows.stop - rows.start)
+            result = kernel.forward(query[part.rows], *inputs.keys_of(part), part, options.scoring)
+            _merge_(total[own], lse[part.rows], *result)
+        out[rows] = total
+    return out, lse
+
+
+def backward(
+    inputs: Inputs, options: Options, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
+) -> Grads:
+    """Gradients from the saved output and LSE, and the gradients of both (`grad_lse` may be None)."""
+    query, key, value = inputs[:3]
+    wide = accumulate_dtype(query.dtype)
+    totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value)]
+    delta = (grad.to(wide) * out).sum(-1)
+    if grad_lse is not None:
+        delta -= grad_lse
+    merged = Merged(grad, out, lse, delta)
+    for segment in range(len(options.tree)):
+        for kernel, part in _calls(inputs, options, segment, grad_lse is not None):
+            grads = kernel.backward(
+                merged.rows(part.rows), query[part.rows], *inputs.keys_of(part), part, options.scoring
+            )
+            totals[0][part.rows] += grads[0]
+            if not part.cached:
+                totals[1][part.keys] += grads[1]
+                totals[2][part.keys] += grads[2]
+    grad_sinks = None
+    if inputs.sinks is not None:
+        grad_sinks = -(torch.exp(inputs.sinks.to(wide) - lse) * delta).sum(0).to(inputs.sinks.dtype)
+    grad_query, grad_key, grad_value = (total.to(query.dtype) for total in totals)
+    return Grads(grad_query, grad_key, grad_value, grad_sinks)
+
+
+def _calls(inputs: Inputs, options: Options, segment: int, dense: bool = False) -> Iterator[tuple[ModuleType, Part]]:
+    """The segment's parts and who computes each; `part_dense` gets them in blocks."""
+    for part in segment_parts(options.tree, segment, inputs.prefix, options.window):
+        if not dense and part_flash.runs(inputs.query, part, options.scoring):
+            yield part_flash, part
+        else:
+            for block in blocks(part, BLOCK_ROWS, BLOCK_KEYS):
+                yield part_dense, block
+
+
+def _merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:
+    """Take one more part into the running output and LSE, both wide, in place; nothing seen yet is 0 and -inf."""
+    total = torch.logaddexp(lse, part_lse)
+    # Where nothing is seen still, -inf - -inf would be NaN.
+    pivot = total.masked_fill(total == -math.inf, 0.0)
+    out.mul_(torch.exp(lse - pivot)[..., None]).addcmul_(part_out, torch.exp(part_lse - pivot)[..., None])
+    lse.copy_(total)
