@@ -67,6 +67,12 @@ class SDFTConfig(TrainingArguments):
     num_loss_tokens_to_skip: int = _option(3, "Completion tokens left out of the loss at its start.")
     loss_memory_budget: int | None = _option(None, "Bytes the fused loss may use; None: the op's default.")
     forward_token_budget: int = _option(8192, "Padded tokens per forward pass of the backbone.")
+    share_prefix: bool | None = _option(
+        None, "Compute what completions have in common once. None: where the model allows it; true: or raise."
+    )
+    prefix_cache_bytes: int | None = _option(
+        None, "Of the teacher prompts' keys and values, kept over epochs. None: 1 GiB for a frozen teacher, else 0."
+    )
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "generation_kwargs",
                           "chat_template_kwargs"]  # fmt: skip

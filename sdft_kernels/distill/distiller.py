@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from sdft_kernels.distill.batch import DistillBatch, FlatBatch, TokenIds
 from sdft_kernels.distill.metrics import token_metrics
+from sdft_kernels.distill.passes import Passes
 from sdft_kernels.distill.teacher import EMATeacher, ModelTeacher, Teacher, make_teacher
 from sdft_kernels.divergence import (
     AffineTokenLoss,
@@ -17,8 +18,9 @@ from sdft_kernels.divergence import (
     linear_divergence_loss,
     sdft_token_loss,
 )
-from sdft_kernels.models import HeadSpec, completion_hidden_states, context_length, head_spec, verify_head
+from sdft_kernels.models import HeadSpec, context_length, head_spec, verify_head
 from sdft_kernels.models.hidden import TOKEN_BUDGET
+from sdft_kernels.prefix_attention import PrefixCache
 from sdft_kernels.token_logprob import TokenLogprob, linear_token_logprob
 
 
@@ -64,6 +66,11 @@ class SelfDistiller:
             elementwise over tokens. Multiplied by the token weights above.
         memory_budget: bytes the fused loss may use; None is the op's default.
         token_budget: padded tokens per forward pass of the backbone.
+        share_prefix: compute what completions have in common (their prompts) once, for student and teacher. None: where
+            the model allows it, else separately, with the reason logged. True: or raise. False: separately. The same
+            numbers to rounding. Changes the model's attention implementation (`enable_shared_prefix`).
+        prefix_cache: of keys and values of teacher prompts, kept across batches: a `PrefixCache`, its bytes, or None: 1
+            GiB where the teacher does not change, else none.
         impl: of the op, "auto" or by name.
         verify: compare the head with the model's own logits on four tokens now (`verify_head`).
 
@@ -88,6 +95,8 @@ class SelfDistiller:
         token_loss: AffineTokenLoss | Any | None = None,
         memory_budget: int | None = None,
         token_budget: int = TOKEN_BUDGET,
+        share_prefix: bool | None = None,
+        prefix_cache: PrefixCache | int | None = None,
         impl: str = "auto",
         verify: bool = True,
     ) -> None:
@@ -103,7 +112,7 @@ class SelfDistiller:
         self.importance_clip, self.sampling_clip = importance_clip, sampling_clip
         self.loss, self.token_loss = loss, token_loss
         self.op_options: dict[str, Any] = dict(temperature=self.temperature, memory_budget=memory_budget, impl=impl)
-        self.token_budget = token_budget
+        self.passes = Passes(model, self.teacher, share_prefix, prefix_cache, token_budget)
         self._handle: Any = None
         self._training_forwards = 0
 
@@ -126,6 +135,7 @@ class SelfDistiller:
         found_inf = getattr(optimizer, "found_inf", None)  # set by GradScaler while a fused optimizer steps
         if found_inf is None or not found_inf.item():
             self.teacher.update()
+            self.passes.weights_changed()
 
     def __call__(self, batch: DistillBatch, num_completions: int | None = None) -> DistillOutput:
         """Loss and metrics of one batch.
@@ -147,9 +157,7 @@ class SelfDistiller:
         target = torch.tensor([t for c in flat.completions for t in c], dtype=torch.int64, device=device)
         mask = self._mask(flat, device)
         taught = self._teacher_pass(flat.teacher_prompts, flat.completions) if self.loss == "kl" else None
-        student_input = completion_hidden_states(
-            self.model, flat.student_prompts, flat.completions, token_budget=self.token_budget
-        )
+        student_input = self.passes.student_states(flat.student_prompts, flat.completions)
         weight, ratio = self._token_weights(flat, mask, num_completions, student_input, target, head)
         if taught is None:
             loss, tokens = self._cross_entropy(flat, mask, weight, student_input, target, head)
@@ -163,6 +171,7 @@ class SelfDistiller:
         if not len(target):
             loss = loss + self._zero_with_graph()
         metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
+        metrics |= self.passes.take_metrics(mask.device)
         return DistillOutput(loss, metrics, tokens)
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -172,6 +181,7 @@ class SelfDistiller:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore `state_dict`; raises ValueError where it does not fit."""
         self.teacher.load_state_dict(state)
+        self.passes.weights_changed()
 
     def _check_attached(self) -> None:
         if not (torch.is_grad_enabled() and self.model.training):
@@ -186,9 +196,7 @@ class SelfDistiller:
     def _teacher_pass(self, prompts: list[TokenIds] | None, completions: list[TokenIds]) -> tuple[Tensor, HeadSpec]:
         if prompts is None:
             raise ValueError("teacher_prompts is None; only loss='ce' does without")
-        with self.teacher.active() as model:
-            hidden = completion_hidden_states(model, prompts, completions, token_budget=self.token_budget)
-        return hidden, self.teacher.head()
+        return self.passes.teacher_states(prompts, completions), self.teacher.head()
 
     def _mask(self, flat: FlatBatch, device: torch.device) -> Tensor:
         """(N,) bool: tokens in the loss."""

@@ -9,9 +9,12 @@ from torch import Tensor
 
 from sdft_kernels.distill.batch import DistillBatch
 
+# Counts, summed over batches and processes; everything else is a mean.
+SUMMED = ("tokens_computed", "tokens_saved", "prefix_cache_hits")
+
 
 class RunningMetrics:
-    """Token-weighted means of metrics, a sum of tokens, and statistics of completion lengths."""
+    """Token-weighted means of metrics, sums of counts, and statistics of completion lengths."""
 
     def __init__(self) -> None:
         self._clear()
@@ -31,7 +34,7 @@ class RunningMetrics:
         self._limit = max_completion_length
         for name, value in metrics.items():
             if name != "tokens":
-                self.add_mean(name, value, tokens)
+                self.add_mean(name, value, torch.ones_like(tokens) if name in SUMMED else tokens)
 
     def add_mean(self, name: str, value: Tensor, weight: Tensor) -> None:
         """Add one value with its weight."""
@@ -44,7 +47,7 @@ class RunningMetrics:
         for name in sorted(self._sums):
             pair = torch.stack([self._sums[name], self._weights[name].double()])
             total, weight = accelerator.reduce(pair, reduction="sum").tolist()
-            result[name] = total / max(weight, 1)
+            result[name] = total if name in SUMMED else total / max(weight, 1)
         if self._lengths:
             result["num_loss_tokens"] = int(accelerator.reduce(torch.as_tensor(self._tokens), reduction="sum"))
             count = len(self._lengths)

@@ -119,9 +119,12 @@ class SDFTTrainer(Trainer):
             loss=args.loss,
             memory_budget=args.loss_memory_budget,
             token_budget=args.forward_token_budget,
+            share_prefix=args.share_prefix,
+            prefix_cache=args.prefix_cache_bytes,
             verify=False,
         )
-        self._expert = SelfDistiller(model, "live", skip_first_tokens=0, loss="ce", verify=False)
+        # One completion a prompt: nothing to share.
+        self._expert = SelfDistiller(model, "live", skip_first_tokens=0, loss="ce", share_prefix=False, verify=False)
         self._running = {"train": RunningMetrics(), "eval": RunningMetrics()}
         self._eval_batches = 0
 

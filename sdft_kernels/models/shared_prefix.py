@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from array import array
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,26 @@ from sdft_kernels.models.prefix_support import check_layers, check_model, check_
 from sdft_kernels.prefix_attention import CacheOwner, Layers, PrefixCache, PrefixTree
 
 TokenIds = Sequence[int]
+
+
+@dataclass
+class PassCounts:
+    """What passes cost: `packed_hidden_states` adds to it.
+
+    Attributes:
+        computed: tokens that went through the model; a prefix that the cache held did not.
+        separate: tokens that separate sequences would have taken.
+        hits: prefixes that the cache held.
+    """
+
+    computed: int = 0
+    separate: int = 0
+    hits: int = 0
+
+    def add(self, computed: int, separate: int, hits: int = 0) -> None:
+        self.computed += computed
+        self.separate += separate
+        self.hits += hits
 
 
 def enable_shared_prefix(model: nn.Module, *, verify: bool = True) -> None:
@@ -95,6 +116,7 @@ def packed_hidden_states(
     *,
     cache: PrefixCache | None = None,
     token_budget: int = TOKEN_BUDGET,
+    counts: PassCounts | None = None,
 ) -> list[list[Tensor]]:
     """Hidden states that predict each completion token, every shared prefix computed once.
 
@@ -110,6 +132,7 @@ def packed_hidden_states(
         cache: for passes without gradients.
         token_budget: tokens per pass, those of equal neighbouring prompts counted once; a longer prompt with its
             completions runs alone. With a cache that keeps little, also the tokens whose keys and values are in memory.
+        counts: receives what this call cost.
 
     Returns:
         For each prompt, for each of its completions of L tokens, (L, H) after the final norm. They agree with those of
@@ -128,6 +151,7 @@ def packed_hidden_states(
     weight = unwrap_peft(model).get_input_embeddings().weight
     empty = weight.new_zeros((0, _hidden_size(model)))
     result = [[empty for _ in group] for group in completions]
+    before = None if cache is None else cache.statistics
     for batch in _batches(prompts, completions, token_budget):
         if cache is None or owner is None:
             row = _tree_row(batch, prompts, completions)
@@ -135,10 +159,16 @@ def packed_hidden_states(
             row = _cached_row(model, batch, prompts, completions, cache, owner)
         check_positions(model, row.lengths)
         hidden = _forward(model, row.packed, row.ids, weight.device)
+        if counts is not None:
+            separate = sum(len(prompts[i]) + len(completions[i][j]) - 1 for i, j in row.owners)
+            counts.add(computed=len(row.ids), separate=separate)
         places = torch.cat(row.places).to(weight.device)
         pieces = hidden.index_select(0, places).split([len(p) for p in row.places])
         for (i, j), piece in zip(row.owners, pieces, strict=True):
             result[i][j] = piece
+    if counts is not None and cache is not None and before is not None:
+        after = cache.statistics
+        counts.add(after.tokens_computed - before.tokens_computed, 0, after.hits - before.hits)
     return result
 
 

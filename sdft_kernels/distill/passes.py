@@ -1,0 +1,143 @@
+"""The forward passes of student and teacher: prefixes that completions share are computed once where that saves any."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from sdft_kernels.distill.batch import TokenIds
+from sdft_kernels.distill.teacher import Teacher
+from sdft_kernels.models import completion_hidden_states, enable_shared_prefix, packed_hidden_states
+from sdft_kernels.models.hidden import unwrap_peft
+from sdft_kernels.models.shared_prefix import PassCounts
+from sdft_kernels.prefix_attention import PrefixCache, prefix_tree
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_CACHE_BYTES = 2**30
+# Of the tokens. Where there is less to share, sequences side by side in a padded batch are as fast and simpler.
+LEAST_SAVED = 0.1
+UNCHANGING = ("frozen", "model")  # kinds of teachers whose keys and values stay right from step to step
+
+
+class Passes:
+    """Hidden states of completions under student and teacher, and what sharing prefixes saved.
+
+    Args:
+        model: the student.
+        teacher: runs inside its own `active()`.
+        share_prefix: True shares and raises where a model cannot; None shares where it can and says why not; False
+            runs every sequence separately.
+        prefix_cache: of the teacher's prompts: a `PrefixCache`, its bytes, or None: 1 GiB where the teacher does not
+            change (kinds "frozen" and "model"), else none.
+        token_budget: tokens per forward pass.
+
+    Raises:
+        ValueError, NotImplementedError: from `enable_shared_prefix`, with share_prefix=True; a cache without sharing.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Teacher,
+        share_prefix: bool | None,
+        prefix_cache: PrefixCache | int | None,
+        token_budget: int,
+    ) -> None:
+        if share_prefix is False and prefix_cache:
+            raise ValueError("prefix_cache needs shared prefixes: leave it out, or share_prefix=False")
+        self.model, self.teacher, self.token_budget = model, teacher, token_budget
+        self.required = share_prefix is True
+        self.shares = share_prefix is not False and all(map(self._enable, {id(m): m for m in self._models()}.values()))
+        if prefix_cache is None:
+            prefix_cache = DEFAULT_CACHE_BYTES if teacher.kind in UNCHANGING else 0
+        kept = PrefixCache(prefix_cache) if isinstance(prefix_cache, int) else prefix_cache
+        self.cache = kept if self.shares and kept.budget_bytes else None
+        self.counts = PassCounts()
+
+    def student_states(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> Tensor:
+        """(N, H) hidden states that predict the completions, packed; prompts stand once per completion."""
+        return self._states(self.model, prompts, completions, None)
+
+    def teacher_states(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> Tensor:
+        """The same under the teacher, without gradients."""
+        with self.teacher.active() as model:
+            return self._states(model, prompts, completions, self.cache)
+
+    def weights_changed(self) -> None:
+        """The teacher may have other weights now: forget what the old ones computed."""
+        if self.cache is not None and self.teacher.kind not in UNCHANGING:
+            self.cache.invalidate()
+
+    def take_metrics(self, device: torch.device) -> dict[str, Tensor]:
+        """Tokens that the passes since the last call computed and saved, and the cache's hits and size in MiB."""
+        counts, self.counts = self.counts, PassCounts()
+        numbers: dict[str, float] = {
+            "tokens_computed": counts.computed,
+            "tokens_saved": counts.separate - counts.computed,
+        }
+        if self.cache is not None:
+            numbers |= {"prefix_cache_hits": counts.hits, "prefix_cache_mib": self.cache.statistics.bytes / 2**20}
+        return {name: torch.tensor(float(value), device=device) for name, value in numbers.items()}
+
+    def _models(self) -> tuple[nn.Module, nn.Module]:
+        return self.model, self.teacher.model
+
+    def _enable(self, model: nn.Module) -> bool:
+        try:
+            enable_shared_prefix(model)
+        except (ValueError, NotImplementedError) as error:
+            if self.required:
+                raise
+            logger.info("prefixes are computed once per completion: %s", error)
+            return False
+        return True
+
+    def _states(
+        self,
+        model: nn.Module,
+        prompts: Sequence[TokenIds],
+        completions: Sequence[TokenIds],
+        cache: PrefixCache | None,
+    ) -> Tensor:
+        separate = sum(len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True) if len(c))
+        if not self._worthwhile(model, prompts, completions, cache):
+            self.counts.add(computed=separate, separate=separate)
+            return completion_hidden_states(model, prompts, completions, token_budget=self.token_budget)
+        groups = _grouped(prompts, completions)
+        pieces = packed_hidden_states(model, *groups, cache=cache, token_budget=self.token_budget, counts=self.counts)
+        return torch.cat([piece for group in pieces for piece in group])
+
+    def _worthwhile(
+        self,
+        model: nn.Module,
+        prompts: Sequence[TokenIds],
+        completions: Sequence[TokenIds],
+        cache: PrefixCache | None,
+    ) -> bool:
+        if not self.shares or not any(map(len, completions)):
+            return False
+        dropout = getattr(unwrap_peft(model).config, "attention_dropout", 0.0)
+        if dropout and model.training and not self.required:
+            return False  # the attention over a tree has none
+        if cache is not None:
+            return True
+        sequences = [[*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True) if len(c)]
+        return len(prefix_tree(sequences).tokens) <= (1 - LEAST_SAVED) * sum(map(len, sequences))
+
+
+def _grouped(
+    prompts: Sequence[TokenIds], completions: Sequence[TokenIds]
+) -> tuple[list[TokenIds], list[list[TokenIds]]]:
+    """Neighbouring completions of equal prompts together; the order stays."""
+    grouped: list[TokenIds] = []
+    members: list[list[TokenIds]] = []
+    for prompt, completion in zip(prompts, completions, strict=True):
+        if not grouped or list(grouped[-1]) != list(prompt):
+            grouped.append(prompt)
+            members.append([])
+        members[-1].append(completion)
+    return grouped, members

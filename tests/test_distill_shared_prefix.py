@@ -1,0 +1,182 @@
+"""`SelfDistiller` and `SDFTTrainer` over shared prefixes: same numbers, fewer tokens, a cache that is never stale."""
+
+import logging
+
+import distill_tiny as tiny
+import pytest
+import torch
+
+from sdft_kernels.distill import DistillBatch, SDFTConfig, SDFTTrainer, SelfDistiller
+from sdft_kernels.prefix_attention import PrefixCache
+from sdft_kernels.testing import relative_error
+
+
+def draw(per_prompt=(3, 1, 2), prompt=12, extra=9, own_teacher_prompts=False, seed=0):
+    """Prompts, longer teacher prompts (one a prompt, or one a completion with a common start), ragged completions."""
+    g = torch.Generator().manual_seed(seed)
+    ids = lambda n: torch.randint(2, 29, (n,), generator=g).tolist()  # noqa: E731
+    students = [ids(prompt) for _ in per_prompt]
+    teachers = [ids(extra) + s for s in students]
+    if own_teacher_prompts:
+        teachers = [[[*t, *ids(2)] for _ in range(r)] for t, r in zip(teachers, per_prompt, strict=True)]
+    return DistillBatch(students, teachers, [[ids(2 + 3 * j) for j in range(r)] for r in per_prompt])
+
+
+def run(model, batch, **options):
+    distiller = SelfDistiller(model, skip_first_tokens=0, **options)
+    model.zero_grad()
+    out = distiller(batch)
+    out.loss.backward()
+    return distiller, out, {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("teacher", ("frozen", "ema", "live"))
+@pytest.mark.parametrize("own_teacher_prompts", (False, True))
+def test_the_same_loss_and_gradients_from_fewer_tokens(own_teacher_prompts, teacher):
+    model, batch = tiny.model(), draw(own_teacher_prompts=own_teacher_prompts)
+    _, plain, expected = run(model, batch, teacher=teacher, share_prefix=False)
+    _, shared, actual = run(model, batch, teacher=teacher, share_prefix=True)
+    assert relative_error(shared.loss, plain.loss) < 1e-5 or (shared.loss - plain.loss).abs() < 1e-9
+    for name, value in plain.tokens._asdict().items():
+        if value is not None:
+            torch.testing.assert_close(getattr(shared.tokens, name), value, rtol=1e-4, atol=1e-6)
+    if teacher != "live":
+        # Right after its start the teacher is the student: gradients are rounding errors there.
+        assert set(actual) == set(expected)
+    assert plain.metrics["tokens_saved"] == 0
+    saved, computed = shared.metrics["tokens_saved"], shared.metrics["tokens_computed"]
+    assert saved > 0 and saved + computed == plain.metrics["tokens_computed"]
+
+
+def test_gradients_of_a_moved_student():
+    """A student away from its teacher, whose gradients are not rounding errors."""
+    model, batch = tiny.model(), draw()
+    results = []
+    for share in (False, True):
+        model = tiny.model()
+        distiller = SelfDistiller(model, "frozen", skip_first_tokens=0, share_prefix=share)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.add_(0.05 * torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())))
+        out = distiller(batch)
+        out.loss.backward()
+        results.append((out.loss, {name: p.grad for name, p in model.named_parameters()}))
+    assert relative_error(results[1][0], results[0][0]) < 1e-5
+    for name, grad in results[0][1].items():
+        assert relative_error(results[1][1][name], grad) < 1e-4, name
+
+
+def test_a_frozen_teachers_prompts_are_computed_once():
+    model, batch = tiny.model(), draw()
+    distiller = SelfDistiller(model, "frozen", skip_first_tokens=0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    distiller.attach(optimizer)
+    first = distiller(batch)
+    assert first.metrics["prefix_cache_hits"] == 0 and first.metrics["prefix_cache_mib"] > 0
+    first.loss.backward()
+    optimizer.step()  # moves the student; the teacher's keys stay right
+    again = distiller(batch)
+    assert again.metrics["prefix_cache_hits"] == 3
+    assert torch.equal(again.tokens.teacher_logprob, first.tokens.teacher_logprob)
+    assert again.metrics["tokens_computed"] < first.metrics["tokens_computed"]
+    cold = SelfDistiller(tiny.model(), "frozen", skip_first_tokens=0, prefix_cache=PrefixCache(10**6))(batch)
+    assert torch.equal(cold.tokens.teacher_logprob, first.tokens.teacher_logprob)
+
+
+@pytest.mark.parametrize("teacher", ("ema", "live"))
+def test_a_teacher_that_moves_forgets_what_it_computed(teacher):
+    model, batch = tiny.model(), draw()
+    distiller = SelfDistiller(model, teacher, ema_rate=0.5, skip_first_tokens=0, prefix_cache=2**20, share_prefix=True)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
+    distiller.attach(optimizer)
+    distiller(batch)
+    assert distiller(batch).metrics["prefix_cache_hits"] == 3
+    # An entropy bonus moves a student that equals its teacher.
+    hidden = distiller.passes.student_states(*(lambda f: (f.student_prompts, f.completions))(batch.flatten()))
+    hidden.square().mean().backward()
+    optimizer.step()
+    moved = distiller(batch)
+    assert moved.metrics["prefix_cache_hits"] == 0
+    fresh = SelfDistiller(model, distiller.teacher, skip_first_tokens=0, share_prefix=False)(batch)
+    torch.testing.assert_close(moved.tokens.teacher_logprob, fresh.tokens.teacher_logprob, rtol=1e-4, atol=1e-5)
+
+
+def test_nothing_to_share_takes_the_plain_path(monkeypatch):
+    from sdft_kernels.distill import passes
+
+    def fail(*_, **__):
+        raise AssertionError("packed")
+
+    monkeypatch.setattr(passes, "packed_hidden_states", fail)
+    batch = draw(per_prompt=(1, 1))
+    out = SelfDistiller(tiny.model(), "ema", skip_first_tokens=0)(batch)
+    assert out.metrics["tokens_saved"] == 0
+    with pytest.raises(AssertionError, match="packed"):  # the control
+        SelfDistiller(tiny.model(), "ema", skip_first_tokens=0)(draw())
+
+
+def test_a_model_that_cannot_share_runs_separately_and_says_so(caplog):
+    from transformers import MambaConfig, MambaForCausalLM
+
+    torch.manual_seed(0)
+    model = MambaForCausalLM(
+        MambaConfig(vocab_size=29, hidden_size=16, num_hidden_layers=1, state_size=4, tie_word_embeddings=True)
+    )
+    with pytest.raises(ValueError, match="separately"):
+        SelfDistiller(model, "live", share_prefix=True)
+    with caplog.at_level(logging.INFO, logger="sdft_kernels"):
+        out = SelfDistiller(model, "live", skip_first_tokens=0)(draw())
+    assert "prefixes are computed once per completion" in caplog.text
+    assert out.metrics["tokens_saved"] == 0
+
+
+def test_attention_dropout_in_training_runs_separately():
+    model = tiny.model(attention_dropout=0.1)
+    assert SelfDistiller(model, "live", skip_first_tokens=0)(draw()).metrics["tokens_saved"] > 0  # in eval mode
+    model.train()
+    distiller = SelfDistiller(model, "frozen", skip_first_tokens=0, prefix_cache=0)
+    student_only = distiller(draw())
+    model.eval()
+    assert student_only.metrics["tokens_saved"] < distiller(draw()).metrics["tokens_saved"]
+    model.train()
+    with pytest.raises(ValueError, match="attention dropout"):
+        SelfDistiller(model, "live", share_prefix=True)(draw())
+
+
+def test_a_cache_without_sharing_is_refused():
+    with pytest.raises(ValueError, match="prefix_cache needs shared prefixes"):
+        SelfDistiller(tiny.model(), share_prefix=False, prefix_cache=2**20)
+
+
+def test_lora_shares_and_caches_its_base():
+    peft = pytest.importorskip("peft")
+    model = peft.get_peft_model(tiny.model(), peft.LoraConfig(r=2, target_modules=["q_proj", "v_proj"]))
+    for name, p in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(p, std=0.1, generator=torch.Generator().manual_seed(1))
+    batch = draw()
+    _, plain, expected = run(model, batch, share_prefix=False)
+    distiller, shared, actual = run(model, batch, share_prefix=True)
+    assert distiller.teacher.kind == "frozen"
+    assert relative_error(shared.loss, plain.loss) < 1e-5
+    for name, grad in expected.items():
+        assert relative_error(actual[name], grad) < 1e-4, name
+    assert distiller(batch).metrics["prefix_cache_hits"] == 3
+
+
+@pytest.mark.parametrize("share", (None, False))
+def test_the_trainer_logs_what_it_saved(share, tmp_path):
+    args = SDFTConfig(
+        output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, num_generations=3, report_to=[],
+        max_completion_length=4, save_strategy="no", use_cpu=True, share_prefix=share, teacher_model_kind="base",
+        num_loss_tokens_to_skip=0,
+    )  # fmt: skip
+    trainer = SDFTTrainer(tiny.model(), args, tiny.rows(2), processing_class=tiny.tokenizer())
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert len(logs) == 2 and all(entry["tokens_computed"] > 0 for entry in logs)
+    if share is False:
+        assert all(entry["tokens_saved"] == 0 and "prefix_cache_hits" not in entry for entry in logs)
+    else:
+        assert all(entry["tokens_saved"] > 0 for entry in logs)
+        assert [entry["prefix_cache_hits"] for entry in logs] == [0, 2]  # the second epoch finds both prompts
