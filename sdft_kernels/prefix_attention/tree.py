@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from array import array
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -170,7 +171,7 @@ def _leaves(leaves: Iterable[int] | None, parents: tuple[int, ...]) -> tuple[int
     if leaves is None:
         inner = set(parents)
         return tuple(i for i in range(len(parents)) if i not in inner)
-    ends = tuple(leaves)
+    ends = tuple(map(operator.index, leaves))
     for i, leaf in enumerate(ends):
         if not 0 <= leaf < len(parents):
             raise ValueError(f"leaves[{i}] must be a segment, 0 to {len(parents) - 1}, got {leaf}")
