@@ -29,12 +29,14 @@ if TYPE_CHECKING:
         sdft_token_loss,
     )
     from .models import head_kwargs
+    from .prefix_attention import PrefixTree, shared_prefix_attention
     from .token_logprob import TokenLogprob, linear_token_logprob
     from .topk_divergence import TopkDivergence, linear_topk_divergence
 
 __all__ = [
     "AffineTokenLoss",
     "DistillBatch",
+    "PrefixTree",
     "SDFTConfig",
     "SDFTTrainer",
     "SelfDistiller",
@@ -48,11 +50,13 @@ __all__ = [
     "linear_token_logprob",
     "linear_topk_divergence",
     "sdft_token_loss",
+    "shared_prefix_attention",
 ]
 
 _SUBMODULE = {
     "AffineTokenLoss": "divergence",
     "DistillBatch": "distill",
+    "PrefixTree": "prefix_attention",
     "SDFTConfig": "distill",
     "SDFTTrainer": "distill",
     "SelfDistiller": "distill",
@@ -65,6 +69,7 @@ _SUBMODULE = {
     "linear_token_logprob": "token_logprob",
     "linear_topk_divergence": "topk_divergence",
     "sdft_token_loss": "divergence",
+    "shared_prefix_attention": "prefix_attention",
 }
 _EXTRA = {"models": "train", "distill": "train"}
 

@@ -66,8 +66,11 @@ def shared_prefix_attention(
     cached = _check_cached(prefix_kv)
     _check(query, key, value, tree, cached, sinks)
     check_positive({"scale": scale, "softcap": softcap})
-    if window is not None and window < 1:
-        raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
+    if window is not None:
+        if not isinstance(window, int):
+            raise ValueError(f"window must be an integer, got {window!r}")
+        if window < 1:
+            raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
     operand = operand_dtype(query)
     query, key, value, *cached = (_rows(x, operand) for x in (query, key, value, *cached))
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
