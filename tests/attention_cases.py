@@ -35,13 +35,11 @@ class Case:
     prefix_kv: tuple[Tensor, Tensor] | None = None
     options: dict[str, Any] = field(default_factory=dict)  # scale, softcap, window
 
-    def to(self, dtype: torch.dtype) -> Case:
-        """Rounded to `dtype` (then widen with another `to` for the truth)."""
-        prefix_kv = self.prefix_kv and (self.prefix_kv[0].to(dtype), self.prefix_kv[1].to(dtype))
-        sinks = None if self.sinks is None else self.sinks.to(dtype)
-        return Case(
-            self.tree, self.query.to(dtype), self.key.to(dtype), self.value.to(dtype), sinks, prefix_kv, self.options
-        )
+    def to(self, to: torch.dtype | torch.device) -> Case:
+        """Rounded to a dtype (then widen with another `to` for the truth), or on a device."""
+        prefix_kv = self.prefix_kv and (self.prefix_kv[0].to(to), self.prefix_kv[1].to(to))
+        sinks = None if self.sinks is None else self.sinks.to(to)
+        return Case(self.tree, self.query.to(to), self.key.to(to), self.value.to(to), sinks, prefix_kv, self.options)
 
 
 def make_case(
@@ -71,12 +69,12 @@ def make_case(
 
 def attend_alone(case: Case) -> tuple[Tensor, Tensor]:
     """Output and LSE with each segment's sequence unpacked and attended on its own, in the case's dtype throughout."""
-    tree, group = case.tree, case.query.shape[1] // case.key.shape[1]
+    tree, group, device = case.tree, case.query.shape[1] // case.key.shape[1], case.query.device
     out, lse = 0 * case.query, 0 * case.query[..., 0]
     for segment, path in enumerate(tree.paths):
         if not tree.lengths[segment]:
             continue
-        spans = [torch.arange(tree.offsets[i], tree.offsets[i + 1]) for i in path]
+        spans = [torch.arange(tree.offsets[i], tree.offsets[i + 1], device=device) for i in path]
         key, value = case.key[torch.cat(spans)], case.value[torch.cat(spans)]
         if case.prefix_kv is not None:
             key, value = torch.cat([case.prefix_kv[0], key]), torch.cat([case.prefix_kv[1], value])
@@ -92,7 +90,8 @@ def _last_rows(query: Tensor, key: Tensor, value: Tensor, case: Case) -> tuple[T
     if options.get("softcap"):
         scores = options["softcap"] * torch.tanh(scores / options["softcap"])
     length, count = scores.shape[-2:]
-    age = torch.arange(count - length, count)[:, None] - torch.arange(count)
+    ages = torch.arange(count, device=query.device)
+    age = ages[count - length :, None] - ages
     seen = (age >= 0) & (age < (options.get("window") or count))
     scores = scores.masked_fill(~seen, -torch.inf)
     if case.sinks is not None:

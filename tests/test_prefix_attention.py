@@ -9,6 +9,7 @@ import torch
 from attention_cases import TREES, Case, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils.checkpoint import checkpoint
 
 from sdft_kernels.prefix_attention import (
     PrefixTree,
@@ -302,6 +303,34 @@ def test_autocast_rounds_as_sdpa_does():
     assert torch.equal(out, expected)
     out.float().sum().backward()
     assert all(x.grad.dtype == torch.float32 for x in leaves)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_gives_the_same_bits(use_reentrant):
+    case = make_case(PrefixTree(*TREES["depth 3"]), window=20).to(torch.float32)
+    grads = []
+    for wrap in (lambda f, *x: f(*x), lambda f, *x: checkpoint(f, *x, use_reentrant=use_reentrant)):
+        leaves = [x.clone().requires_grad_() for x in (case.query, case.key, case.value)]
+        wrap(lambda q, k, v: shared_prefix_attention(q, k, v, case.tree, window=20), *leaves).square().sum().backward()
+        grads.append([x.grad for x in leaves])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+@pytest.mark.unpoisoned
+@pytest.mark.parametrize("options", [{}, {"window": 7, "softcap": 2.0}], ids=["flash", "dense"])
+def test_compiles_without_a_graph_break(options):
+    torch.compiler.reset()
+    case = make_case(PrefixTree(*TREES["two completions"]), size=8, sinks=True, **options).to(torch.float32)
+
+    def step(query, key, value, sinks):
+        return shared_prefix_attention(2 * query, key, value, case.tree, sinks=sinks, **options).square().sum()
+
+    grads = []
+    for call in (step, torch.compile(step, backend="aot_eager", fullgraph=True)):
+        leaves = [x.clone().requires_grad_() for x in (case.query, case.key, case.value, case.sinks)]
+        call(*leaves).backward()
+        grads.append([x.grad for x in leaves])
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(*grads, strict=True))
 
 
 def test_a_window_of_the_cache_is_enough():

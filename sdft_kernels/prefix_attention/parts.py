@@ -123,7 +123,7 @@ def _own(rows: slice, window: int) -> Iterator[Part]:
 
 
 def blocks(part: Part, block_rows: int, block_keys: int) -> Iterator[Part]:
-    """A part in blocks, keys in order within rows; those that no row sees are left out. A row of one may see no key."""
+    """A part in blocks, keys in order within rows; those that no row sees are left out. A row may see none."""
     length, count = part.size
     for row in range(0, length, block_rows):
         last_row = min(length, row + block_rows)
