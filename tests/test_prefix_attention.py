@@ -31,6 +31,7 @@ OPTIONS = {
     "window 25": {"window": 25},
     "window 400": {"window": 400},
     "window and softcap": {"window": 8, "softcap": 2.0},
+    "window 3 and softcap": {"window": 3, "softcap": 2.0},
     "sinks": {"sinks": True},
     "cached prefix": {"prefix": 19},
     "everything": {"prefix": 19, "window": 23, "softcap": 3.0, "sinks": True, "scale": 0.2},
@@ -41,8 +42,8 @@ SHAPES = list(itertools.product([(1, 1), (2, 1), (4, 2), (4, 1), (4, 4)], [32, 6
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks that trees of a few tokens already cross, aligned with nothing."""
-    monkeypatch.setattr(parts, "BAND_ROWS", 3)
+    """Blocks that trees of a few tokens already cross, aligned with nothing; some rows see none of their first keys."""
+    monkeypatch.setattr(parts, "BAND_ROWS", 7)
     monkeypatch.setattr(composition, "BLOCK_ROWS", 5)
     monkeypatch.setattr(composition, "BLOCK_KEYS", 4)
 
@@ -124,12 +125,25 @@ def test_error_budget_of_the_sinks(dtype, name):
 
 
 def test_bf16_key_gradients_do_not_grow_with_rows_and_heads():
-    # The CPU kernel's own bf16 sums of dK and dV fail this: 2.5 times the eager error.
+    # The CPU kernel's own bf16 sums of dK and dV are off twice as much as plain PyTorch.
     narrow = make_case(PrefixTree([64, 2000], [-1, 0]), (8, 1), 32).to(torch.bfloat16)
     grad = torch.randn_like(narrow.query)
     truth, eager = run(narrow.to(torch.float64), "reference", grad), run(narrow, "alone", grad)
-    for key, value in run(narrow, "composition", grad).items():
-        assert_within_budget(value, eager[key], truth[key], factor=1.0, name=key)
+    actual = run(narrow, "composition", grad)
+    for name in ("grad_query", "grad_key", "grad_value"):
+        assert relative_error(actual[name], truth[name]) < relative_error(eager[name], truth[name]), name
+
+
+def test_bf16_outputs_do_not_grow_with_depth():
+    # A running output kept in bf16 is off 1.5 times as much as plain PyTorch.
+    tree = PrefixTree([8] * 40, range(-1, 39))
+    narrow = make_case(tree, size=64).to(torch.bfloat16)
+    grad = torch.randn_like(narrow.query)
+    truth, eager, actual = (
+        run(case, impl, grad)["out"]
+        for case, impl in ((narrow.to(torch.float64), "alone"), (narrow, "alone"), (narrow, "composition"))
+    )
+    assert relative_error(actual, truth) < relative_error(eager, truth)
 
 
 def test_dropping_the_gradient_through_the_lse_is_seen(monkeypatch):
@@ -196,10 +210,11 @@ def trees(draw: st.DrawFn) -> PrefixTree:
     softcap=st.none() | st.just(1.5),
     sinks=st.booleans(),
     heads=st.sampled_from([(1, 1), (2, 1), (2, 2)]),
+    band_rows=st.sampled_from([2, 5]),  # 5: rows that see nothing of their first block of 2 keys
 )
-def test_any_tree(tree, prefix, window, softcap, sinks, heads):
+def test_any_tree(tree, prefix, window, softcap, sinks, heads, band_rows):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "BAND_ROWS", 2)
+        patch.setattr(parts, "BAND_ROWS", band_rows)
         patch.setattr(composition, "BLOCK_ROWS", 3)
         patch.setattr(composition, "BLOCK_KEYS", 2)
         case = make_case(tree, heads, 4, prefix=prefix, sinks=sinks, window=window, softcap=softcap)

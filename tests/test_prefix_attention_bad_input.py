@@ -39,6 +39,7 @@ BAD = {
         "query must have a head size of 1 to 256, got 257",
     ),
     "heads": ({"key": torch.zeros(5, 3, 8)}, "key must have a number of heads that divides the query's 4, got 3"),
+    "no heads": ({"query": torch.zeros(5, 0, 8)}, "query must have at least one head, got 0"),
     "no key heads": ({"key": torch.zeros(5, 0, 8)}, "divides the query's 4, got 0"),
     "fp16": ({"query": torch.zeros(5, 4, 8).half()}, "must be fp32, bf16 or fp64, got torch.float16"),
     "integers": ({"query": torch.zeros(5, 4, 8).long()}, "query must be fp32, bf16 or fp64, got torch.int64"),

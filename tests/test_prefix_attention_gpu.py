@@ -1,6 +1,6 @@
 """Op 4 on CUDA: flash-attn's kernels where installed, PyTorch's, and plain blocks.
 
-Written without a GPU; `benchmarks/gpu_run.sh` is for running it.
+Written without one.
 """
 
 from __future__ import annotations

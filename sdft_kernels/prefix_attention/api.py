@@ -120,6 +120,8 @@ def _check(
         raise ValueError(f"query holds {tokens} tokens but the tree {tree.tokens}")
     if not 1 <= size <= MAX_HEAD_SIZE:
         raise ValueError(f"query must have a head size of 1 to {MAX_HEAD_SIZE}, got {size}")
+    if heads == 0:
+        raise ValueError("query must have at least one head, got 0")
     key_heads = key.shape[1]
     if key_heads == 0 or heads % key_heads:
         raise ValueError(f"key must have a number of heads that divides the query's {heads}, got {key_heads}")

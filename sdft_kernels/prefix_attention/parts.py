@@ -123,23 +123,23 @@ def _own(rows: slice, window: int) -> Iterator[Part]:
 
 
 def blocks(part: Part, block_rows: int, block_keys: int) -> Iterator[Part]:
-    """A part in blocks, keys in order within rows; those that no row sees are left out. A row may see none."""
+    """A part in blocks, keys in order within rows, without the keys that none of the rows sees. A row may see none."""
     length, count = part.size
     for row in range(0, length, block_rows):
         last_row = min(length, row + block_rows)
-        for key in range(0, count, block_keys):
-            last_key = min(count, key + block_keys)
+        first_key = max(0, part.shift + row - part.window + 1)
+        end = min(count, part.shift + last_row)
+        for key in range(first_key, end, block_keys):
+            last_key = min(end, key + block_keys)
             shift = part.shift + row - key
-            # The first row sees keys (shift - window, shift] of the block, the last one `last_row - 1 - row` more.
-            reach = shift + last_row - 1 - row
-            if reach < 0 or shift - part.window >= last_key - key - 1:
-                continue
-            unmasked = shift >= last_key - key - 1 and reach - part.window < 0
+            # The first row sees the newest key, and the last row the oldest.
+            newest = shift >= last_key - key - 1
+            oldest = shift + last_row - row - 1 < part.window
             yield Part(
                 slice(part.rows.start + row, part.rows.start + last_row),
                 slice(part.keys.start + key, part.keys.start + last_key),
                 part.cached,
-                FULL if unmasked else BAND,
+                FULL if newest and oldest else BAND,
                 shift,
                 part.window,
             )
