@@ -129,6 +129,17 @@ def test_every_row_and_column_region_is_sampled():
     assert fingerprint(weight).digest != before.digest
 
 
+def test_a_sparse_write_is_seen_by_its_version():
+    model = nn.Module()
+    model.p = nn.Parameter(torch.zeros(256, 256))
+    before = fingerprint(model)
+    with torch.no_grad():
+        model.p[100, 3] = 1.0
+    after = fingerprint(model)
+    assert after.digest == before.digest  # control: not sampled
+    assert after != before
+
+
 def test_two_sets_of_weights_in_one_module_need_two_caches():
     model, cache = Model(), PrefixCache(budget_bytes=10_000)
     own, other = model.first._parameters["weight"], nn.Parameter(torch.randn(8, 8))
