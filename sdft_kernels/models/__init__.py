@@ -1,6 +1,7 @@
 """What touches transformers models: the head as arguments of `linear_divergence`, hidden states, shared prefixes."""
 
 from sdft_kernels.models.attention_hook import shared_prefix_kwargs
+from sdft_kernels.models.flops import PassFlops, StepFlops, step_flops
 from sdft_kernels.models.head import (
     HEAD_FAMILIES,
     REFUSED_FAMILIES,
@@ -21,6 +22,8 @@ __all__ = [
     "HEAD_FAMILIES",
     "REFUSED_FAMILIES",
     "HeadSpec",
+    "PassFlops",
+    "StepFlops",
     "completion_hidden_states",
     "context_length",
     "disable_shared_prefix",
@@ -30,6 +33,7 @@ __all__ = [
     "hidden_states",
     "packed_hidden_states",
     "shared_prefix_kwargs",
+    "step_flops",
     "verify_head",
     "verify_shared_prefix",
 ]

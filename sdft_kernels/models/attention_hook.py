@@ -10,7 +10,7 @@ import functools
 import re
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -196,20 +196,19 @@ def _refuse(
         raise ValueError(f"{name} adds a position bias to its scores, which shared prefixes do not support")
     if getattr(module, "layer_idx", None) is None:
         raise ValueError(f"{name} has no layer_idx, by which a layer's cached keys are found")
-    if options.get("sliding_window") is None and _has_window(module):
+    if options.get("sliding_window") is None and has_window(module.config, cast(int, module.layer_idx)):
         raise ValueError(
             f"{name} is a sliding-window layer but hides its window from the attention function: this model is not "
             "supported; do not enable shared prefixes for it"
         )
 
 
-def _has_window(module: Any) -> bool:
-    """Whether the configuration gives this layer a window."""
-    config = module.config
+def has_window(config: Any, layer: int) -> bool:
+    """Whether the configuration gives this layer a sliding window."""
     types = getattr(config, "layer_types", None)
     if types:
-        return types[module.layer_idx] == "sliding_attention"
-    return getattr(config, "sliding_window", None) is not None and getattr(config, "use_sliding_window", True)
+        return bool(types[layer] == "sliding_attention")
+    return getattr(config, "sliding_window", None) is not None and bool(getattr(config, "use_sliding_window", True))
 
 
 def _stock_function(stock: str, module: nn.Module) -> tuple[Callable[..., Any], Any]:

@@ -41,12 +41,11 @@ def check_model(model: nn.Module) -> None:
         raise ValueError(f"{name} wraps a text model; pass its text-only ...ForCausalLM model")
     if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
         raise ValueError(f"{name} attends in both directions; only a causal model can share prefixes")
-    odd = sorted(set(getattr(config, "layer_types", None) or ()) - set(LAYER_TYPES))
-    recurrent = next((type(m).__name__ for m in base.modules() if _is_recurrent(m)), None)
-    if odd or recurrent:
+    layers = stateful_layers(base)
+    if layers is not None:
         raise ValueError(
-            f"{name} has layers other than attention ({', '.join(odd) or recurrent}), whose state would run from one "
-            "completion into the next: run its sequences separately (completion_hidden_states)"
+            f"{name} has layers other than attention ({layers}), whose state would run from one completion into the "
+            "next: run its sequences separately (completion_hidden_states)"
         )
     if stock_implementation(config._attn_implementation) == "sdpa" and getattr(config, "attn_logit_softcapping", None):
         raise ValueError(
@@ -55,6 +54,13 @@ def check_model(model: nn.Module) -> None:
         )
     if not base._can_set_attn_implementation():
         raise ValueError(f"{name} does not call its attention through transformers' AttentionInterface")
+
+
+def stateful_layers(base: Any) -> str | None:
+    """Names of layers of a transformers model other than full and sliding-window attention; None if it has none."""
+    odd = sorted(set(getattr(base.config, "layer_types", None) or ()) - set(LAYER_TYPES))
+    recurrent = next((type(m).__name__ for m in base.modules() if _is_recurrent(m)), None)
+    return ", ".join(odd) or recurrent
 
 
 def check_ready(model: nn.Module) -> None:
