@@ -44,6 +44,9 @@ def test_the_same_loss_and_gradients_from_fewer_tokens(own_teacher_prompts, teac
         # Right after its start the teacher is the student: gradients are rounding errors there.
         assert set(actual) == set(expected)
     assert plain.metrics["tokens_saved"] == 0
+    assert plain.metrics["predicted_speedup"] == 1
+    # A teacher prompt for each completion is shared in part, which the prediction does not count.
+    assert shared.metrics["predicted_speedup"] > (1 if own_teacher_prompts else 1.2)
     saved, computed = shared.metrics["tokens_saved"], shared.metrics["tokens_computed"]
     assert saved > 0 and saved + computed == plain.metrics["tokens_computed"]
 
@@ -77,10 +80,18 @@ def test_a_frozen_teachers_prompts_are_computed_once():
     optimizer.step()  # moves the student; the teacher's keys stay right
     again = distiller(batch)
     assert again.metrics["prefix_cache_hits"] == 3
+    assert again.metrics["predicted_speedup"] > first.metrics["predicted_speedup"]
     assert torch.equal(again.tokens.teacher_logprob, first.tokens.teacher_logprob)
     assert again.metrics["tokens_computed"] < first.metrics["tokens_computed"]
     cold = SelfDistiller(tiny.model(), "frozen", skip_first_tokens=0, prefix_cache=PrefixCache(10**6))(batch)
     assert torch.equal(cold.tokens.teacher_logprob, first.tokens.teacher_logprob)
+
+
+def test_prompts_that_share_their_beginning_go_without_the_cache():
+    distiller = SelfDistiller(tiny.model(), "frozen", skip_first_tokens=0)
+    metrics = distiller(draw(own_teacher_prompts=True)).metrics
+    assert metrics["tokens_saved"] > 0 and metrics["prefix_cache_mib"] == 0
+    assert distiller(draw()).metrics["prefix_cache_mib"] > 0  # the control
 
 
 @pytest.mark.parametrize("teacher", ("ema", "live"))

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from sdft_kernels.distill.batch import TokenIds
 from sdft_kernels.distill.teacher import Teacher
 from sdft_kernels.models import completion_hidden_states, enable_shared_prefix, packed_hidden_states
+from sdft_kernels.models.flops import Group, step_flops
 from sdft_kernels.models.hidden import unwrap_peft
 from sdft_kernels.models.shared_prefix import PassCounts
 from sdft_kernels.prefix_attention import PrefixCache, prefix_tree
@@ -57,15 +58,16 @@ class Passes:
         kept = PrefixCache(prefix_cache) if isinstance(prefix_cache, int) else prefix_cache
         self.cache = kept if self.shares and kept.budget_bytes else None
         self.counts = PassCounts()
+        self._groups: dict[str, list[Group]] = {}
 
     def student_states(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> Tensor:
         """(N, H) hidden states that predict the completions, packed; prompts stand once per completion."""
-        return self._states(self.model, prompts, completions, None)
+        return self._states("student", self.model, prompts, completions, None)
 
     def teacher_states(self, prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> Tensor:
         """The same under the teacher, without gradients."""
         with self.teacher.active() as model:
-            return self._states(model, prompts, completions, self.cache)
+            return self._states("teacher", model, prompts, completions, self.cache)
 
     def weights_changed(self) -> None:
         """The teacher may have other weights now: forget what the old ones computed."""
@@ -73,12 +75,16 @@ class Passes:
             self.cache.invalidate()
 
     def take_metrics(self, device: torch.device) -> dict[str, Tensor]:
-        """Tokens that the passes since the last call computed and saved, and the cache's hits and size in MiB."""
+        """Of the passes since the last call: tokens computed and saved, the predicted speed-up over separate sequences
+        (`step_flops`: layers, attention, head; no generation), and the cache's hits and size in MiB."""
         counts, self.counts = self.counts, PassCounts()
         numbers: dict[str, float] = {
             "tokens_computed": counts.computed,
             "tokens_saved": counts.separate - counts.computed,
         }
+        speedup = self._predicted_speedup(counts)
+        if speedup is not None:
+            numbers["predicted_speedup"] = speedup
         if self.cache is not None:
             numbers |= {"prefix_cache_hits": counts.hits, "prefix_cache_mib": self.cache.statistics.bytes / 2**20}
         return {name: torch.tensor(float(value), device=device) for name, value in numbers.items()}
@@ -96,18 +102,40 @@ class Passes:
             return False
         return True
 
+    def _predicted_speedup(self, counts: PassCounts) -> float | None:
+        groups, self._groups = self._groups, {}
+        if "student" not in groups:
+            return None
+        teacher = groups.get("teacher")
+        found = bool(teacher) and counts.hits == len(teacher or ())
+        config = unwrap_peft(self.model).config
+        gradient = torch.is_grad_enabled()
+        try:
+            return step_flops(
+                config, groups["student"], teacher_groups=teacher, teacher_cached=found, gradient=gradient
+            ).ratio
+        except (AttributeError, TypeError):  # a configuration that does not say what the layers are made of
+            return None
+
     def _states(
         self,
+        side: str,
         model: nn.Module,
         prompts: Sequence[TokenIds],
         completions: Sequence[TokenIds],
         cache: PrefixCache | None,
     ) -> Tensor:
+        if cache is not None and _one_prompt_each(prompts, completions) and _tree_saves(prompts, completions):
+            cache = (
+                None  # prompts that share only their beginning: the tree finds that, a cache of whole prompts does not
+            )
         separate = sum(len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True) if len(c))
         if not self._worthwhile(model, prompts, completions, cache):
+            self._groups[side] = [(len(p), (len(c),)) for p, c in zip(prompts, completions, strict=True)]
             self.counts.add(computed=separate, separate=separate)
             return completion_hidden_states(model, prompts, completions, token_budget=self.token_budget)
         groups = _grouped(prompts, completions)
+        self._groups[side] = [(len(p), [len(c) for c in members]) for p, members in zip(*groups, strict=True)]
         pieces = packed_hidden_states(model, *groups, cache=cache, token_budget=self.token_budget, counts=self.counts)
         return torch.cat([piece for group in pieces for piece in group])
 
@@ -123,10 +151,17 @@ class Passes:
         dropout = getattr(unwrap_peft(model).config, "attention_dropout", 0.0)
         if dropout and model.training and not self.required:
             return False  # the attention over a tree has none
-        if cache is not None:
-            return True
-        sequences = [[*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True) if len(c)]
-        return len(prefix_tree(sequences).tokens) <= (1 - LEAST_SAVED) * sum(map(len, sequences))
+        return cache is not None or _tree_saves(prompts, completions)
+
+
+def _tree_saves(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:
+    sequences = [[*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True) if len(c)]
+    return len(prefix_tree(sequences).tokens) <= (1 - LEAST_SAVED) * sum(map(len, sequences))
+
+
+def _one_prompt_each(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:
+    used = [tuple(p) for p, c in zip(prompts, completions, strict=True) if len(c)]
+    return len(set(used)) == len(used)
 
 
 def _grouped(
