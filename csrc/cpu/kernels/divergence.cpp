@@ -6,7 +6,7 @@
 // A row at a time: statistics block by block about the running maxima, the closed forms, then the gradient written over
 // the student's logits. A row of both models is read twice, the second time from the cache. Where the gradient needs no
 // more than probabilities (the forward KL, the target's log-probability), the first reading leaves exponentials in
-// place of the logits: half of all exponentials, and a third of the time.
+// place of the logits: half of all exponentials.
 namespace sdft::SDFT_ISA {
 namespace {
 
