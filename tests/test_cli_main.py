@@ -39,7 +39,9 @@ def test_parser_imports_neither_torch_nor_anything_heavy():
     assert python("-c", code).stdout.strip() == "[]"
 
 
-@pytest.mark.parametrize("command", [(name,) for name in cli.COMMANDS] + [("bench", "loss")])
+@pytest.mark.parametrize(
+    "command", [(name,) for name in cli.COMMANDS] + [("bench", what) for what in ("loss", "attention", "step")]
+)
 def test_every_command_has_help_with_an_example(command, capsys):
     with pytest.raises(SystemExit) as stop:
         cli.main([*command, "--help"])
@@ -63,6 +65,10 @@ def test_every_command_has_help_with_an_example(command, capsys):
         (["bench", "loss", "--shape", "1,2,3", "--variants", "nonsense"], "unknown variant 'nonsense'"),
         (["bench", "loss", "--shape", "1,2,3", "--memory-budget", "many"], "expected a size such as 250MiB"),
         (["bench", "loss", "--shape", "1,2,3", "--output", "no/such/folder/x.csv"], "its folder must exist"),
+        (["bench", "attention", "--shape", "1,2"], "expected P,R,L, positive integers, got '1,2'"),
+        (["bench", "attention", "--shape", "1,2,3", "--heads", "4"], "expected Hq,Hkv"),
+        (["bench", "step"], "--shape"),
+        (["bench", "step", "--shape", "1,2,3", "--variants", "shared"], "invalid choice: 'shared'"),
         (["check", "--dtype", "fp16"], "invalid choice: 'fp16'"),
     ],
 )

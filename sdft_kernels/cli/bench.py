@@ -1,17 +1,16 @@
-"""``sdft-kernels bench loss``: time and peak memory of this package's loss beside the libraries that are installed."""
+"""``sdft-kernels bench``: time and peak memory of loss, attention and step, beside what users would run instead."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from sdft_kernels.cli._bench.arguments import add_output, add_threads_and_seed, argument, positive, writable
 from sdft_kernels.cli._bench.case import VARIANT_NEEDS, Case, design_suite, parse_bytes, parse_shape, parse_variant
+from sdft_kernels.cli._bench.prefix_bench import add_parsers
 
-HELP = "Benchmark the fused loss against other libraries and the four GEMMs alone."
+HELP = "Benchmark the fused loss, shared-prefix attention, or a whole step."
 
 DESCRIPTION = """Time and peak memory of the mean KL(teacher‖student) and its gradients of student input and head.
 
@@ -29,36 +28,20 @@ EXAMPLES = """examples:
 exit status: 0 this package's variants ran · 1 one of them failed · 2 wrong usage"""
 
 
-def _argument(parse: Callable[[str], Any]) -> Callable[[str], Any]:
-    """Make a parser of strings an argparse type whose ValueError text reaches the user."""
-
-    def convert(text: str) -> Any:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return convert
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) == 0:
-        raise ValueError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _writable(text: str) -> Path:
-    """A file that can be written once the work is done: better refused before half an hour of work than after."""
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
-        raise ValueError(f"cannot write {text!r}: its folder must exist and be writable")
-    return path
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``bench`` to `parser`."""
-    parser.epilog = "example:\n  sdft-kernels bench loss --shape 256,256,8192"
+    parser.epilog = (
+        "examples:\n"
+        "  sdft-kernels bench loss --shape 256,256,8192\n"
+        "  sdft-kernels bench attention --shape 541,8,64\n"
+        "  sdft-kernels bench step --model tiny --shape 64,4,16"
+    )
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    _add_loss(what)
+    add_parsers(what)
+
+
+def _add_loss(what: Any) -> None:
     loss = what.add_parser(
         "loss",
         help="linear_divergence_loss and its peers",
@@ -68,7 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     size = loss.add_mutually_exclusive_group(required=True)
     size.add_argument(
-        "--shape", nargs="+", type=_argument(parse_shape), metavar="N,H,V", help="tokens, hidden size, vocabulary"
+        "--shape", nargs="+", type=argument(parse_shape), metavar="N,H,V", help="tokens, hidden size, vocabulary"
     )
     size.add_argument("--suite", choices=("design",), help="the project's own shapes, dtypes, variants and budgets")
     loss.add_argument("--dtype", choices=("fp32", "bf16"), help="of all inputs (default fp32)")
@@ -76,22 +59,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     loss.add_argument(
         "--variants",
         nargs="+",
-        type=_argument(parse_variant),
+        type=argument(parse_variant),
         metavar="NAME",
         help=f"of {', '.join(VARIANT_NEEDS)}, or module:function (default: all); gemm4 always runs",
     )
-    loss.add_argument("--repeats", type=_argument(_positive), help="pairs per variant (default 5; suite: its own)")
+    loss.add_argument("--repeats", type=argument(positive), help="pairs per variant (default 5; suite: its own)")
     loss.add_argument(
         "--memory-budget",
         nargs="+",
-        type=_argument(parse_bytes),
+        type=argument(parse_bytes),
         metavar="SIZE",
         help="for sdft variants, one run each, such as 250MiB (default: the op's own)",
     )
     loss.add_argument("--impl", default="auto", help="row kernels of the sdft variants (default auto)")
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    loss.add_argument("--threads", type=_argument(_positive), default=cores, help=f"CPU threads (default {cores})")
-    loss.add_argument("--seed", type=int, default=0, help="of the inputs (default 0)")
+    add_threads_and_seed(loss)
     loss.add_argument(
         "--gate-tolerance",
         type=float,
@@ -99,12 +80,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="largest relative error of the loss against fp64, on 64 tokens, of a variant that is timed (default 1e-3;"
         " with bf16 inputs 0.05 for other libraries, most of which round the logits)",
     )
-    loss.add_argument("--output", type=_argument(_writable), metavar="CSV", help="write the numbers here (replaced)")
-    loss.set_defaults(parser=loss)
-    loss.add_argument("--plot", type=_argument(_writable), metavar="PNG", help="draw the ratios and peaks (matplotlib)")
+    add_output(loss)
+    loss.set_defaults(parser=loss, bench=_run_loss)
+    loss.add_argument("--plot", type=argument(writable), metavar="PNG", help="draw the ratios and peaks (matplotlib)")
 
 
 def run(args: argparse.Namespace) -> int:
+    """Run the benchmark that was asked for, and return its exit status."""
+    status: int = args.bench(args)
+    return status
+
+
+def _run_loss(args: argparse.Namespace) -> int:
     """Measure, print a table per shape, write the files; 1 if one of this package's own variants failed."""
     from sdft_kernels.cli._bench.protocol import measure_case
     from sdft_kernels.cli._bench.report import csv_rows, plot, print_results, write_csv

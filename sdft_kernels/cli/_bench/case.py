@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import json
 import re
+from typing import ClassVar
 
 MIB = 2**20
 _SUFFIXES = {"": 1, "B": 1, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -114,6 +115,13 @@ class Request:
     case: Case
     variant: str
     memory_budget: int | None = None
+
+    worker: ClassVar[str] = "sdft_kernels.cli._bench.worker"
+
+    @property
+    def repeats(self) -> int:
+        """Pairs to measure."""
+        return self.case.repeats
 
     @property
     def label(self) -> str:

@@ -14,7 +14,7 @@ from statistics import median
 from typing import Any
 
 from sdft_kernels._version import __version__
-from sdft_kernels.cli._bench.case import MIB, Case
+from sdft_kernels.cli._bench.case import MIB, Case, Request
 from sdft_kernels.cli._bench.protocol import Result
 from sdft_kernels.cli._table import print_table
 from sdft_kernels.cli.env import package_version
@@ -77,19 +77,34 @@ def commit() -> str:
         return ""
 
 
-def csv_rows(results: Sequence[Result]) -> list[dict[str, str]]:
+def csv_rows(results: Sequence[Result[Request]]) -> list[dict[str, str]]:
     """Return one row per metric of every variant that was timed: ms, ratio, MiB and the errors against fp64."""
-    stamp = {
+    made = stamp()
+    return [row | made for result in results if result.seconds for row in _loss_rows(result)]
+
+
+def stamp() -> dict[str, str]:
+    """When, and with which versions, rows were made."""
+    return {
         "timestamp": datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S"),
         "version": __version__,
         "torch_version": package_version("torch") or "",
         "triton_version": package_version("triton") or "",
         "commit": commit(),
     }
-    return [row | stamp for result in results if result.seconds for row in _metric_rows(result)]
 
 
-def _metric_rows(result: Result) -> list[dict[str, str]]:
+def metric_rows(common: dict[str, str], metrics: Sequence[tuple[str, str, Sequence[float]]]) -> list[dict[str, str]]:
+    """One row per (name, unit, values): `common` and the values' quantiles."""
+    return [
+        common
+        | {"metric_name": name, "metric_unit": unit}
+        | {f"y_value_{q}": f"{quantile(values, q / 100):.6g}" for q in (50, 20, 80)}
+        for name, unit, values in metrics
+    ]
+
+
+def _loss_rows(result: Result[Request]) -> list[dict[str, str]]:
     request, case = result.request, result.request.case
     config = {
         "H": case.shape[1],
@@ -126,25 +141,20 @@ def _metric_rows(result: Result) -> list[dict[str, str]]:
     ]
     metrics += [("memory", "MiB", [peak])] if peak is not None else []
     metrics += [(name, "relative", [value]) for name, value in result.errors.items()]
-    return [
-        common
-        | {"metric_name": name, "metric_unit": unit}
-        | {f"y_value_{q}": f"{quantile(values, q / 100):.6g}" for q in (50, 20, 80)}
-        for name, unit, values in metrics
-    ]
+    return metric_rows(common, metrics)
 
 
-def write_csv(path: Path, rows: Sequence[dict[str, str]]) -> None:
+def write_csv(path: Path, rows: Sequence[dict[str, str]], columns: Sequence[str] = COLUMNS) -> None:
     """Write `rows` to `path`, replacing it only once the new file is complete."""
     partial = path.with_name(path.name + ".partial")
     with partial.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
     os.replace(partial, path)
 
 
-def print_results(case: Case, results: Sequence[Result]) -> None:
+def print_results(case: Case, results: Sequence[Result[Request]]) -> None:
     """Print one line per variant; a variant without numbers says why."""
     tokens, hidden, vocabulary = case.shape
     title = f"N={tokens} H={hidden} V={vocabulary} {case.dtype}, {results[0].device_name}, {case.repeats} pairs"
@@ -153,7 +163,7 @@ def print_results(case: Case, results: Sequence[Result]) -> None:
     print_table(title, columns, [_table_row(result) for result in results])
 
 
-def _table_row(result: Result) -> tuple[str, ...]:
+def _table_row(result: Result[Request]) -> tuple[str, ...]:
     error = {name: f"{value:.1e}" for name, value in result.errors.items()}
     timed = bool(result.seconds)
     spread = f"{quantile(result.ratios, 0.2):.2f}-{quantile(result.ratios, 0.8):.2f}" if timed else ""
@@ -166,18 +176,23 @@ def _table_row(result: Result) -> tuple[str, ...]:
         error.get("loss_error", ""),
         error.get("input_gradient_error", ""),
         error.get("weight_gradient_error", ""),
-        f"{'FAILED' if result.failed else 'skipped'}: {result.note}" if result.note else "",
+        note(result),
     )
+
+
+def note(result: Result[Any]) -> str:
+    """Why a variant has no numbers, for the table."""
+    return f"{'FAILED' if result.failed else 'skipped'}: {result.note}" if result.note else ""
 
 
 _CURVE_BUDGETS = 3  # that one variant ran with: time and peak are then drawn against the budget
 
 
-def _peak_mib(result: Result) -> float:
+def _peak_mib(result: Result[Request]) -> float:
     return 0.0 if result.peak_bytes is None else result.peak_bytes / MIB
 
 
-def _draw_bars(time_axis: Any, memory_axis: Any, timed: Sequence[Result]) -> None:
+def _draw_bars(time_axis: Any, memory_axis: Any, timed: Sequence[Result[Request]]) -> None:
     labels = [result.request.label for result in timed]
     ratios = time_axis.barh(labels, [result.median_ratio for result in timed], color="tab:blue")
     time_axis.bar_label(ratios, fmt="%.2f", padding=3)
@@ -191,7 +206,7 @@ def _draw_bars(time_axis: Any, memory_axis: Any, timed: Sequence[Result]) -> Non
         axis.margins(x=0.15)
 
 
-def _draw_curve(time_axis: Any, memory_axis: Any, timed: Sequence[Result]) -> None:
+def _draw_curve(time_axis: Any, memory_axis: Any, timed: Sequence[Result[Request]]) -> None:
     """Of every variant that ran with budgets; variants without one are lines across."""
     for variant in dict.fromkeys(result.request.variant for result in timed):
         runs = [result for result in timed if result.request.variant == variant and result.request.memory_budget]
@@ -212,7 +227,7 @@ def _draw_curve(time_axis: Any, memory_axis: Any, timed: Sequence[Result]) -> No
         axis.legend(fontsize=8)
 
 
-def plot(path: Path, cases: Sequence[tuple[Case, Sequence[Result]]]) -> None:
+def plot(path: Path, cases: Sequence[tuple[Case, Sequence[Result[Request]]]]) -> None:
     """Draw time over ``gemm4`` and peak memory, one row of panels per case, as an image at `path`."""
     from matplotlib.figure import Figure
 

@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -28,15 +29,25 @@ _WARMUP_SHAPE = (32, 64, 512)
 
 
 def main() -> int:
-    """Serve one request; every failure is answered as ``{"error": …}`` with exit status 1."""
+    """Serve one request of `bench loss`."""
+    return serve(Request.from_json, {"time": serve_time, "memory": serve_memory, "baseline": serve_memory})
+
+
+def serve(read: Callable[[str], Any], modes: Mapping[str, Callable[[Any, TextIO, str], None]]) -> int:
+    """Serve one request of the command line; every failure is answered as ``{"error": …}`` with exit status 1.
+
+    Args:
+        read: makes the request of its JSON.
+        modes: what each mode does with it.
+    """
     mode, text = sys.argv[1:]
     channel = _take_stdout()
     try:
-        request = Request.from_json(text)
+        request = read(text)
         if request.case.device == "cuda" and not torch.cuda.is_available():
             raise RuntimeError("PyTorch sees no GPU here (sdft-kernels env says why)")
         torch.set_num_threads(request.case.threads)
-        {"time": serve_time, "memory": serve_memory, "baseline": serve_memory}[mode](request, channel, mode)
+        modes[mode](request, channel, mode)
     except Exception as error:
         answer(channel, error=f"{type(error).__name__}: {error}")
         return 1
