@@ -16,6 +16,7 @@ _WRITTEN = {
     "linear_divergence": ("reference", "torch", "native", "triton"),
     "linear_token_logprob": ("reference", "torch"),
     "linear_topk_divergence": ("reference", "torch"),
+    "shared_prefix_attention": ("reference", "torch", "triton"),  # where "torch" goes by the name "composition"
 }
 _NAMES = {"native": "C++/CUDA", "triton": "Triton"}
 _TRITON_MAJOR = 8  # of the compute capability
