@@ -94,12 +94,12 @@ def shared_prefix_attention(
 
 def _kernels(impl: str, query: Tensor) -> ModuleType:
     """Who computes: Triton by name or, for "auto", where it runs on CUDA; else the composition."""
-    if impl == "composition":
+    if impl == "composition" or (impl == "auto" and query.device.type != "cuda"):
         return composition
     why = _dispatch.why_not("triton", "shared_prefix_attention", query.device, query.dtype)
     if impl == "triton" and why is not None:
         raise RuntimeError(f"shared_prefix_attention(impl='triton') cannot run: {why}; use impl='auto'")
-    if impl == "auto" and (why is not None or query.device.type != "cuda"):
+    if why is not None:
         return composition
     from . import fused_triton
 

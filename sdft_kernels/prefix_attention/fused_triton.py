@@ -88,12 +88,12 @@ def backward(
     inputs: Inputs, options: Options, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
 ) -> Grads:
     """Gradients from the saved output and LSE, and the gradients of both (`grad_lse` may be None), all contiguous."""
-    query, key, value, _, cached_key, cached_value = inputs
+    query, key, value, sinks, cached_key, cached_value = inputs
     tokens, heads, size = query.shape
-    grads = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (query, key, value)]
+    grad_query, grad_key, grad_value = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs[:3])
     delta = torch.empty_like(lse)
     if lse.numel() == 0:
-        return Grads(*(x.zero_() for x in grads), grad_of_sinks(inputs.sinks, lse, delta))
+        return Grads(grad_query, grad_key, grad_value, grad_of_sinks(sinks, lse, delta))
     tree, capability = options.tree.to(query.device), _capability(query.device)
     sizes: dict[str, Any] = {"stride_ot": heads * size, "heads": heads}
     scalars = _scalars(inputs, options) | {"scale": options.scoring.scale} | sizes
@@ -106,15 +106,15 @@ def backward(
         )  # fmt: skip
         tiles = tree.tile_table(by_query.block_m)
         grad_query_kernel[(len(tiles), heads)](
-            query, key, value, cached_key, cached_value, grad, lse, delta, grads[0], tiles, tree.segments,
+            query, key, value, cached_key, cached_value, grad, lse, delta, grad_query, tiles, tree.segments,
             *tree.ancestors, **_strides(inputs), **scalars, **_constants(inputs, by_query),
         )  # fmt: skip
         tiles, strides = tree.tile_table(by_key.block_n), _strides(inputs, cached=False)
         grad_key_value_kernel[(len(tiles), key.shape[1])](
-            query, key, value, grad, lse, delta, *grads[1:], tiles, tree.segments, *tree.descendants, **strides,
+            query, key, value, grad, lse, delta, grad_key, grad_value, tiles, tree.segments, *tree.descendants, **strides,
             stride_dt=key.shape[1] * size, **scalars, **_constants(inputs, by_key),
         )  # fmt: skip
-    return Grads(*grads, grad_of_sinks(inputs.sinks, lse, delta))
+    return Grads(grad_query, grad_key, grad_value, grad_of_sinks(sinks, lse, delta))
 
 
 def _strides(inputs: Inputs, cached: bool = True) -> dict[str, int]:
