@@ -1,8 +1,8 @@
 """``python -m benchmarks.aot_attention``: compile every fused attention kernel as it is launched, without a GPU.
 
 Registers, spills, shared memory and tensor-core instructions of each, for sm_80, 90, 100 and 120, as a CSV table. The
-committed one is `benchmarks/data/attention_registers.csv`; `tests/test_attention_aot.py` holds the code to it. Compiling
-goes through the launcher, with a driver that knows no device: so what is compiled is what a GPU would be given.
+committed one is `benchmarks/data/attention_registers.csv`; `tests/test_attention_aot.py` holds the code to it.
+Compiling goes through the launcher, with a driver that knows no device: what is compiled is what a GPU would be given.
 """
 
 from __future__ import annotations

@@ -111,8 +111,8 @@ def backward(
         )  # fmt: skip
         tiles, strides = tree.tile_table(by_key.block_n), _strides(inputs, cached=False)
         grad_key_value_kernel[(len(tiles), key.shape[1])](
-            query, key, value, grad, lse, delta, grad_key, grad_value, tiles, tree.segments, *tree.descendants, **strides,
-            stride_dt=key.shape[1] * size, **scalars, **_constants(inputs, by_key),
+            query, key, value, grad, lse, delta, grad_key, grad_value, tiles, tree.segments, *tree.descendants,
+            **strides, stride_dt=key.shape[1] * size, **scalars, **_constants(inputs, by_key),
         )  # fmt: skip
     return Grads(grad_query, grad_key, grad_value, grad_of_sinks(sinks, lse, delta))
 

@@ -1,8 +1,9 @@
 """The fused attention over a prefix tree in Triton: the forward, and what the backward shares with it.
 
 A query tile lies in one segment. It walks keys root to leaf: the cached prefix, each ancestor, its own segment up to
-the diagonal. Key blocks start at each segment's own start and nothing is split over keys, so the bits of a segment's output
-depend on its own path only. Logits are held in units of log 2: s = log2(e) * logit. Letters are those of the README.
+the diagonal. Key blocks start at each segment's own start and nothing is split over keys, so the bits of a segment's
+output depend on its own path only. Logits are held in units of log 2: s = log2(e) * logit. Letters are those of the
+README.
 
 `tiles` is (tiles, 3): segment, first token within it, tokens. `segments` is (S, 3): first packed row, tokens, position
 of the first token. Both int64.
