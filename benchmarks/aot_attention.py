@@ -24,8 +24,7 @@ from typing import Any
 from benchmarks import aot
 
 TABLE = Path(__file__).resolve().parent / "data" / "attention_registers.csv"
-DTYPES = ("bf16", "fp32")
-SIZES = (32, 64, 96, 128, 256)  # 96 lies in tiles of 128 columns
+SIZES = (64, 96, 128, 256)  # 96 lies in tiles of 128 columns
 # Which options compile which lines: with a window every block is masked, without one most are not.
 MODES: dict[str, dict[str, Any]] = {
     "plain": {},
@@ -38,7 +37,6 @@ KERNELS = {"forward_kernel": "forward", "grad_query_kernel": "grad_query", "grad
 @dataclass(frozen=True)
 class Job:
     mode: str
-    dtype: str
     size: int
     capability: int
 
@@ -49,7 +47,6 @@ class Compiled:
 
     kernel: str
     mode: str
-    dtype: str
     size: int
     block_m: int
     block_n: int
@@ -63,12 +60,11 @@ class Compiled:
 
 
 def jobs() -> Iterator[Job]:
-    """Every mode x dtype x head size x capability; each is a forward and a backward."""
+    """Every mode x head size x capability; each is a forward and a backward. In bf16, as `_dispatch` has it."""
     for mode in MODES:
-        for dtype in DTYPES:
-            for size in SIZES:
-                for capability in aot.CAPABILITIES:
-                    yield Job(mode, dtype, size, capability)
+        for size in SIZES:
+            for capability in aot.CAPABILITIES:
+                yield Job(mode, size, capability)
 
 
 class _NoDevice:
@@ -111,12 +107,12 @@ def compile_job(job: Job) -> list[Compiled]:
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         name = getattr(self, "__name__", "")
         if name in KERNELS:
-            configuration = fused_triton.choose(KERNELS[name], job.size, query.dtype, job.capability)
+            configuration = fused_triton.choose(KERNELS[name], job.size, job.capability)
             found.append(_measure(kernel, name, job, configuration))
         return kernel
 
     options = MODES[job.mode]
-    query = torch.zeros(256, 8, job.size, dtype={"bf16": torch.bfloat16, "fp32": torch.float32}[job.dtype])
+    query = torch.zeros(256, 8, job.size, dtype=torch.bfloat16)
     key = query[:, :2].contiguous()
     cached = key[: options["prefix"]].clone() if "prefix" in options else None
     inputs = Inputs(query, key, key.clone(), torch.zeros(8) if "sinks" in options else None, cached, cached)
@@ -136,7 +132,7 @@ def compile_job(job: Job) -> list[Compiled]:
 def _measure(kernel: Any, name: str, job: Job, configuration: Any) -> Compiled:
     registers, spilled = aot._ptxas(kernel.asm["ptx"], job.capability)
     return Compiled(
-        name, job.mode, job.dtype, job.size, *configuration[1:], job.capability, registers, spilled,
+        name, job.mode, job.size, *configuration[1:], job.capability, registers, spilled,
         kernel.metadata.shared, _tensor_core(kernel.asm["cubin"]),
     )  # fmt: skip
 
@@ -176,14 +172,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, default=TABLE, help="CSV to write (default: the committed table)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=tuple(MODES))
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=DTYPES)
     parser.add_argument("--sizes", nargs="+", type=int, choices=SIZES, default=SIZES)
     parser.add_argument("--capabilities", nargs="+", type=int, choices=aot.CAPABILITIES, default=aot.CAPABILITIES)
     args = parser.parse_args(argv)
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         print("aot_attention: unset TRITON_INTERPRET: interpreted kernels have nothing to compile", file=sys.stderr)
         return 2
-    asked = (args.modes, args.dtypes, args.sizes, args.capabilities)
+    asked = (args.modes, args.sizes, args.capabilities)
     rows = table([job for job in jobs() if all(x in y for x, y in zip(_values(job), asked, strict=True))], args.workers)
     with args.output.open("w", newline="", encoding="utf-8") as file:
         file.write(f"{aot.SOURCE}{source_hash()}\n")
@@ -195,7 +190,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _values(job: Job) -> tuple[Any, ...]:
-    return job.mode, job.dtype, job.size, job.capability
+    return job.mode, job.size, job.capability
 
 
 if __name__ == "__main__":

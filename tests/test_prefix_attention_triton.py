@@ -40,7 +40,7 @@ def device(interpreted, monkeypatch):
         return interpreted
     from triton.runtime import interpreter
 
-    def choose(kernel, size, dtype, capability):
+    def choose(kernel, size, capability):
         return fused_triton.Configuration(size, *SMALL[kernel], 4, 1)
 
     dot = interpreter.InterpreterBuilder.create_dot
@@ -58,6 +58,19 @@ def _wide(handle):
     return SimpleNamespace(
         data=(handle.data.astype(np.uint32) << 16).view(np.float32), dtype=SimpleNamespace(primitive_bitwidth=32)
     )
+
+
+@pytest.fixture
+def narrow_dtype(device):
+    """What a test runs in that is about neither fp32 nor bf16: on CUDA there is only the latter."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
+@pytest.fixture(params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def dtype(request, device):
+    if device.type == "cuda" and request.param == torch.float32:
+        pytest.skip("on CUDA the kernels are bf16 only")
+    return request.param
 
 
 @pytest.fixture
@@ -96,14 +109,16 @@ def test_heads_and_sizes(heads, size):
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0]])
-@pytest.mark.usefixtures("device")
-def test_no_tokens(lengths):
+def test_no_tokens(narrow_dtype, device, lengths):
     tree = PrefixTree(lengths, range(-1, len(lengths) - 1))
-    result = run(make_case(tree, prefix=3, sinks=True).to(torch.float32), "triton", torch.zeros(0, 4, 32))
+    result = run(
+        make_case(tree, prefix=3, sinks=True).to(narrow_dtype).to(device),
+        "triton",
+        torch.zeros(0, 4, 32, device=device),
+    )
     assert result["out"].shape == (0, 4, 32) and not result["grad_sinks"].any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["scale", "everything"])
 @pytest.mark.parametrize("sharpness", [1.0, 6.0])
 def test_error_budget(device, dtype, name, sharpness):
@@ -117,7 +132,6 @@ def test_error_budget(device, dtype, name, sharpness):
 
 
 @pytest.mark.parametrize("options", [{}, {"window": 40, "prefix": 33, "sinks": True}], ids=["plain", "window"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 def test_a_segment_has_the_same_bits_among_any_neighbours(device, dtype, options):
     tree = PrefixTree([17, 53, 41, 0, 7, 35], [-1, -1, 0, 1, 1, 2])
     case = make_case(tree, (2, 1), 32, **options).to(dtype).to(device)
@@ -151,16 +165,16 @@ def test_control_blocks_that_start_elsewhere_have_other_bits(device, monkeypatch
     assert not torch.equal(before, _forward(case)[0])
 
 
-def test_same_bits_twice(device):
-    case = make_case(PrefixTree(*TREES["depth 3"]), (4, 2), 32).to(torch.float32).to(device)
+def test_same_bits_twice(device, narrow_dtype):
+    case = make_case(PrefixTree(*TREES["depth 3"]), (4, 2), 32).to(narrow_dtype).to(device)
     grad = torch.randn_like(case.query)
     first, second = run(case, "triton", grad), run(case, "triton", grad)
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_views(device):
+def test_views(device, narrow_dtype):
     """Strides other than a packed tensor's: heads first, and columns of one projection."""
-    case = make_case(PrefixTree(*TREES["depth 3"]), (2, 2), 32).to(torch.float32).to(device)
+    case = make_case(PrefixTree(*TREES["depth 3"]), (2, 2), 32).to(narrow_dtype).to(device)
     joint = torch.cat([case.key, case.value], -1)
     views = replace(
         case,
@@ -169,7 +183,7 @@ def test_views(device):
         value=joint[..., 32:],
     )
     assert not any(x.is_contiguous() for x in (views.query, views.key, views.value))
-    grad = torch.randn(*case.query.shape[:2], 1, device=device).expand_as(case.query)
+    grad = torch.randn_like(case.query[..., :1]).expand_as(case.query)
     results = []
     for own in (case, views):
         leaves = [x.requires_grad_() for x in (own.query, own.key, own.value)]
@@ -180,9 +194,9 @@ def test_views(device):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_nan_and_inf_stay_in_the_sequences_that_see_them(device, which, bad):
+def test_nan_and_inf_stay_in_the_sequences_that_see_them(device, narrow_dtype, which, bad):
     tree = PrefixTree([30, 20, 25, 10], [-1, 0, 0, 1])
-    case = make_case(tree, (2, 1)).to(torch.float32).to(device)
+    case = make_case(tree, (2, 1)).to(narrow_dtype).to(device)
     getattr(case, which)[35] = bad  # in segment 1
     out = _forward(case)[0].cpu()
     hit = torch.zeros(tree.tokens, dtype=torch.bool)
@@ -194,12 +208,12 @@ def test_nan_and_inf_stay_in_the_sequences_that_see_them(device, which, bad):
     assert not out[hit].isfinite().all(-1).all(-1).any()
 
 
-def test_blocks_that_a_window_hides_are_not_read(device):
+def test_blocks_that_a_window_hides_are_not_read(device, narrow_dtype):
     """NaN beyond every window: a block that was read would bring it in as 0 * NaN."""
-    case = make_case(PrefixTree([100, 40], [-1, 0]), (2, 1), prefix=64, window=10).to(torch.float32).to(device)
-    case.prefix_kv[0][:32], case.prefix_kv[1][:32] = float("nan"), float("nan")
+    case = make_case(PrefixTree([100, 40], [-1, 0]), (2, 1), prefix=256, window=10).to(narrow_dtype).to(device)
+    case.prefix_kv[0][:128], case.prefix_kv[1][:128] = float("nan"), float("nan")
     assert all(x.isfinite().all() for x in _forward(case))
-    case.prefix_kv[1][60] = float("nan")  # control: the first rows see this one
+    case.prefix_kv[1][252] = float("nan")  # control: the first rows see this one
     assert not _forward(case)[0].isfinite().all()
 
 
@@ -211,6 +225,7 @@ def test_dispatch(monkeypatch):
     assert _dispatch.available("shared_prefix_attention")["torch"] == "available"
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(major=9))
     assert _dispatch.why_not("triton", "shared_prefix_attention", "cuda:0", torch.bfloat16) is None
+    assert "bf16 only" in _dispatch.why_not("triton", "shared_prefix_attention", "cuda:0", torch.float32)
     assert "fp64" in _dispatch.why_not("triton", "shared_prefix_attention", "cuda:0", torch.float64)
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fused_triton, "forward", lambda *_: pytest.fail("auto took the interpreter"))
@@ -218,14 +233,12 @@ def test_dispatch(monkeypatch):
 
 
 def test_shipped_lines():
-    """Tiles that Triton and wgmma accept, every size served, small memory no larger than large."""
-    for kernel, by_memory in fused_triton.configurations().items():
-        assert set(by_memory) == {"small", "large"} and kernel in SMALL
-        for by_dtype in by_memory.values():
-            for lines in by_dtype.values():
-                sizes = [line.head_size for line in lines]
-                assert sizes == sorted(sizes) and sizes[-1] == 256
-                for line in lines:
-                    assert all(n >= 16 and n & (n - 1) == 0 for n in (line.block_m, line.block_n, line.head_size))
-        assert fused_triton.choose(kernel, 96, torch.bfloat16, 90).head_size == 128
-        assert fused_triton.choose(kernel, 256, torch.float32, 120) == by_memory["small"]["fp32"][-1]
+    """Tiles that Triton accepts, every head size served, newer devices by the instruction they have."""
+    for kernel, by_instruction in fused_triton.configurations().items():
+        assert set(by_instruction) == {"mma", "wgmma", "tcgen05"} and kernel in SMALL
+        for lines in by_instruction.values():
+            assert [line.head_size for line in lines] == [64, 128, 256]
+            for line in lines:
+                assert all(n >= 16 and n & (n - 1) == 0 for n in (line.block_m, line.block_n))
+        for capability, instruction in ((80, "mma"), (89, "mma"), (90, "wgmma"), (103, "tcgen05"), (121, "mma")):
+            assert fused_triton.choose(kernel, 96, capability) == by_instruction[instruction][1]

@@ -19,10 +19,8 @@ from .kernels_triton_backward import delta_kernel, grad_key_value_kernel, grad_q
 
 CONFIGURATIONS = Path(__file__).with_name("fused_triton.json")
 LOG2_E = math.log2(math.e)
-# fp32 products without TF32; bf16 ones have one precision.
+# fp32, which only the interpreter runs, without TF32; bf16 has one precision.
 PRECISION = "ieee"
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32", torch.float64: "fp32"}  # fp64: the interpreter only
-SMALL_MEMORY = (86, 89, 120, 121)  # compute capabilities with 99 KiB of shared memory for a program, not 163 or 227
 DELTA_ROWS = 32  # of delta_kernel: 32 x 256 elements of two tensors, 64 of each a thread at 4 warps
 MIN_BLOCK_D = 16  # what a product of tiles needs at least
 
@@ -38,26 +36,23 @@ class Configuration(NamedTuple):
 
 
 @lru_cache(maxsize=1)
-def configurations() -> dict[str, dict[str, dict[str, tuple[Configuration, ...]]]]:
-    """Lines by kernel, shared memory and dtype; `fused_triton.json` gives each one's reason."""
+def configurations() -> dict[str, dict[str, tuple[Configuration, ...]]]:
+    """The shipped lines by kernel and matrix instruction; `fused_triton.json` gives each one's reason."""
     tables = json.loads(CONFIGURATIONS.read_text(encoding="utf-8"))
     del tables["about"]
     return {
         kernel: {
-            memory: {
-                dtype: tuple(Configuration(*(line[name] for name in Configuration._fields)) for line in lines)
-                for dtype, lines in by_dtype.items()
-            }
-            for memory, by_dtype in by_memory.items()
+            instruction: tuple(Configuration(*(line[name] for name in Configuration._fields)) for line in lines)
+            for instruction, lines in by_instruction.items()
         }
-        for kernel, by_memory in tables.items()
+        for kernel, by_instruction in tables.items()
     }
 
 
-def choose(kernel: str, size: int, dtype: torch.dtype, capability: int) -> Configuration:
+def choose(kernel: str, size: int, capability: int) -> Configuration:
     """The launch parameters for a head size on a device of this capability (90 for sm_90)."""
-    memory = "small" if capability in SMALL_MEMORY else "large"
-    return next(line for line in configurations()[kernel][memory][NAMES[dtype]] if size <= line.head_size)
+    instruction = {9: "wgmma", 10: "tcgen05"}.get(capability // 10, "mma")
+    return next(line for line in configurations()[kernel][instruction] if size <= line.head_size)
 
 
 def padded(size: int) -> int:
@@ -73,7 +68,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     lse = torch.empty(tokens, heads, dtype=accumulate_dtype(query.dtype), device=query.device)
     if lse.numel() == 0:
         return out, lse
-    configuration = choose("forward", size, query.dtype, _capability(query.device))
+    configuration = choose("forward", size, _capability(query.device))
     tree = options.tree.to(query.device)
     tiles = tree.tile_table(configuration.block_m)
     with on_device(query):
@@ -97,7 +92,7 @@ def backward(
     tree, capability = options.tree.to(query.device), _capability(query.device)
     sizes: dict[str, Any] = {"stride_ot": heads * size, "heads": heads}
     scalars = _scalars(inputs, options) | {"scale": options.scoring.scale} | sizes
-    by_query, by_key = (choose(name, size, query.dtype, capability) for name in ("grad_query", "grad_key_value"))
+    by_query, by_key = (choose(name, size, capability) for name in ("grad_query", "grad_key_value"))
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     with on_device(query):
         delta_kernel[(-(-tokens // DELTA_ROWS), heads)](
