@@ -50,7 +50,7 @@ def test_the_table_is_complete_and_every_kernel_fits():
     for job in aot_attention.jobs():
         for kernel, name in aot_attention.KERNELS.items():
             line = fused_triton.choose(name, job.size, job.capability)
-            expected[kernel, job.mode, job.size, *line[1:], job.capability] += 1
+            expected[(kernel, job.mode, job.size, *line[1:], job.capability)] += 1
     found = Counter(
         (r.kernel, r.mode, r.size, r.block_m, r.block_n, r.num_warps, r.num_stages, r.capability) for r in rows
     )
