@@ -14,7 +14,7 @@ import torch
 from attention_cases import TREES, Case, make_case, run
 
 from sdft_kernels import _dispatch
-from sdft_kernels.prefix_attention import PrefixTree, shared_prefix_attention
+from sdft_kernels.prefix_attention import PrefixTree, api, composition, shared_prefix_attention
 from sdft_kernels.testing import assert_within_budget, relative_error
 
 fused_triton = pytest.importorskip("sdft_kernels.prefix_attention.fused_triton")
@@ -217,6 +217,7 @@ def test_blocks_that_a_window_hides_are_not_read(device, narrow_dtype):
     assert not _forward(case)[0].isfinite().all()
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
 def test_dispatch(monkeypatch):
     """By name it runs or says why not; "auto" is the composition on the CPU, and where dtype or device do not fit."""
     case = make_case(PrefixTree([4, 2], [-1, 0])).to(torch.float32)
@@ -227,6 +228,14 @@ def test_dispatch(monkeypatch):
     assert _dispatch.why_not("triton", "shared_prefix_attention", "cuda:0", torch.bfloat16) is None
     assert "bf16 only" in _dispatch.why_not("triton", "shared_prefix_attention", "cuda:0", torch.float32)
     assert "fp64" in _dispatch.why_not("triton", "shared_prefix_attention", "cuda:0", torch.float64)
+    narrow, wide = (SimpleNamespace(device=torch.device("cuda:0"), dtype=x) for x in (torch.bfloat16, torch.float32))
+    assert api._kernels("auto", narrow) is api._kernels("triton", narrow) is fused_triton
+    assert api._kernels("auto", wide) is api._kernels("composition", narrow) is composition
+    with pytest.raises(RuntimeError, match="bf16 only"):
+        api._kernels("triton", wide)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    assert api._kernels("auto", narrow) is composition
+    monkeypatch.undo()
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(fused_triton, "forward", lambda *_: pytest.fail("auto took the interpreter"))
     shared_prefix_attention(case.query, case.key, case.value, case.tree)

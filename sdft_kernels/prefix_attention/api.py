@@ -54,8 +54,9 @@ def shared_prefix_attention(
         window: number of keys a token sees, its own included, as in transformers; None is all.
         sinks: (Hq,) a logit per head that joins the denominator only (gpt-oss). Differentiable.
         return_lse: also return the log-sum-exp.
-        impl: ``"triton"`` (one fused kernel, on CUDA), ``"composition"`` (a call for each segment and ancestor),
-            ``"reference"`` (materialises (Hq, T, P + T)), or ``"auto"``: the first that can run.
+        impl: ``"triton"`` (fused kernels: bf16 on CUDA), ``"composition"`` (a call for each segment and ancestor),
+            ``"reference"`` (materialises (Hq, T, P + T)), or ``"auto"``: the first that can run, and while
+            `torch.compile` traces the composition.
 
     Returns:
         (T, Hq, D) in the query's dtype; with `return_lse` also the (T, Hq) natural logarithm of the denominator, sink
@@ -93,8 +94,12 @@ def shared_prefix_attention(
 
 
 def _kernels(impl: str, query: Tensor) -> ModuleType:
-    """Who computes: Triton by name or, for "auto", where it runs on CUDA; else the composition."""
-    if impl == "composition" or (impl == "auto" and query.device.type != "cuda"):
+    """Who computes: Triton by name or, for "auto", where it runs on CUDA; else the composition.
+
+    `torch.compile` traces the composition whole but not the launches, so while it traces "auto" is the former.
+    """
+    traced = impl == "auto" and (query.device.type != "cuda" or torch.compiler.is_compiling())
+    if impl == "composition" or traced:
         return composition
     why = _dispatch.why_not("triton", "shared_prefix_attention", query.device, query.dtype)
     if impl == "triton" and why is not None:
