@@ -119,6 +119,9 @@ def compile_job(job: Job) -> list[Compiled]:
     scoring = Scoring(job.size**-0.5, options.get("softcap"))
     given = Options(PrefixTree([128, 64, 64], [-1, 0, 0]), scoring, options.get("window"))
     driver.set_active(_NoDevice(job.capability))
+    for name in (*KERNELS, "delta_kernel"):
+        # Triton remembers the target of a device: without this, the kernel of the process's last job comes back.
+        getattr(fused_triton, name).device_caches.clear()
     JITFunction.run = warm_up
     fused_triton._capability = lambda device: job.capability
     try:
@@ -130,6 +133,7 @@ def compile_job(job: Job) -> list[Compiled]:
 
 
 def _measure(kernel: Any, name: str, job: Job, configuration: Any) -> Compiled:
+    assert kernel.metadata.target.arch == job.capability, kernel.metadata.target
     registers, spilled = aot._ptxas(kernel.asm["ptx"], job.capability)
     return Compiled(
         name, job.mode, job.size, *configuration[1:], job.capability, registers, spilled,
