@@ -16,6 +16,7 @@ _WRITTEN = {
     "linear_divergence": ("reference", "torch", "native", "triton"),
     "linear_token_logprob": ("reference", "torch"),
     "linear_topk_divergence": ("reference", "torch"),
+    "shared_prefix_attention": ("reference", "torch", "triton"),  # where "torch" goes by the name "composition"
 }
 _NAMES = {"native": "C++/CUDA", "triton": "Triton"}
 _TRITON_MAJOR = 8  # of the compute capability
@@ -73,7 +74,9 @@ def why_not(
         return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
     if impl == "native":
         return _why_not_native(_device(device), dtype)
-    return _why_not_triton(_device(device), dtype) if impl == "triton" else None
+    if impl == "triton":
+        return _why_not_triton(_device(device), dtype) or _why_not_attention(op, _device(device), dtype)
+    return None
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -99,6 +102,13 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
         return f"its kernels need compute capability {_TRITON_MAJOR}.0"
     if dtype == torch.float64:
         return "Triton passes temperatures, scales and alpha in fp32, which is not enough for fp64 inputs"
+    return None
+
+
+def _why_not_attention(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Triton's fp32 products without TF32 spill 5 KiB a thread at tiles of 64 x 32, D = 128 (sm_90)."""
+    if op == "shared_prefix_attention" and device.type == "cuda" and dtype != torch.bfloat16:
+        return "on CUDA its kernels are bf16 only"
     return None
 
 

@@ -18,6 +18,7 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     # variable goes again, so that no other test and no child process sees it; `interpreted` sets it for one test.
     os.environ["TRITON_INTERPRET"] = "1"
     importlib.import_module("sdft_kernels.divergence.rows_triton")
+    importlib.import_module("sdft_kernels.prefix_attention.fused_triton")
     del os.environ["TRITON_INTERPRET"]
 
 THREADS = 1  # tiny tensors: a second thread only waits at barriers, for minutes if the machine is busy

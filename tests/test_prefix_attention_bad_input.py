@@ -52,7 +52,10 @@ BAD = {
     "window float": ({"window": 2.5}, "window must be an integer, got 2.5"),
     "scale": ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
     "softcap": ({"softcap": float("inf")}, "softcap must be positive and finite, got inf"),
-    "impl": ({"impl": "triton"}, r"impl must be one of \('auto', 'reference', 'composition'\), got 'triton'"),
+    "impl": (
+        {"impl": "native"},
+        r"impl must be one of \('auto', 'reference', 'composition', 'triton'\), got 'native'",
+    ),
     "prefix_kv": ({"prefix_kv": torch.zeros(2, 7, 2, 8)}, r"prefix_kv must be a pair \(key, value\), got Tensor"),
     "prefix_kv's length": ({"prefix_kv": (cached(7, 2, 8),)}, "prefix_kv must be a pair"),
     "prefix_kv not tensors": ({"prefix_kv": (1, 2)}, "prefix_kv's key must be a tensor, got int"),

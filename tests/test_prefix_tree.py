@@ -37,6 +37,17 @@ def test_tensors_are_the_planners():
     assert tree.tiles(256).shape[1] == 3
 
 
+def test_tables_of_the_kernels():
+    tree = PrefixTree(LENGTHS, PARENTS)
+    assert tree.tile_table(7).flatten().tolist() == tile_table(LENGTHS, PARENTS, 7).tolist()
+    assert tree.segments.tolist() == [list(x) for x in zip(tree.offsets[:-1], tree.lengths, tree.starts, strict=True)]
+    offsets, below = (x.tolist() for x in tree.descendants)
+    for segment in range(len(tree)):
+        expected = [other for other, path in enumerate(tree.paths) if segment in path]
+        assert below[offsets[segment] : offsets[segment + 1]] == expected and expected[0] == segment
+    assert tree.descendants[1] is tree.descendants[1] and tree.segments is tree.segments
+
+
 def test_tensors_are_built_once():
     tree = PrefixTree([300, 200], [-1, 0])
     assert tree.positions is tree.positions
@@ -89,6 +100,7 @@ def test_empty(lengths):
     assert tree.tokens == 0
     assert tree.positions.shape == (0,)
     assert tree.tiles(64).shape == (0, 3)
+    assert tree.segments.shape == (len(tree), 3) and tree.descendants[0].shape == (len(tree) + 1,)
     assert all(tree.rows(i).dtype == torch.int64 and tree.rows(i).numel() == 0 for i in range(len(tree.leaves)))
 
 

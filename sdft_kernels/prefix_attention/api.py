@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from .. import _dispatch
 from .._checks import FLOAT_DTYPES, check_positive, check_tensors, operand_dtype
-from .composition import Options
+from . import composition
+from .call import Options
 from .operators import SharedPrefixAttentionFunction
 from .parts import Scoring
 from .planner import TILES
 from .reference import shared_prefix_attention_reference
 from .tree import PrefixTree
 
-IMPLEMENTATIONS = ("auto", "reference", "composition")
+IMPLEMENTATIONS = ("auto", "reference", "composition", "triton")
 MAX_HEAD_SIZE = TILES[-1][0]
 
 
@@ -50,7 +54,9 @@ def shared_prefix_attention(
         window: number of keys a token sees, its own included, as in transformers; None is all.
         sinks: (Hq,) a logit per head that joins the denominator only (gpt-oss). Differentiable.
         return_lse: also return the log-sum-exp.
-        impl: ``"auto"``, ``"composition"``, or ``"reference"`` (materialises (Hq, T, P + T)).
+        impl: ``"triton"`` (fused kernels: bf16 on CUDA), ``"composition"`` (a call for each segment and ancestor),
+            ``"reference"`` (materialises (Hq, T, P + T)), or ``"auto"``: the first that can run, and while
+            `torch.compile` traces the composition.
 
     Returns:
         (T, Hq, D) in the query's dtype; with `return_lse` also the (T, Hq) natural logarithm of the denominator, sink
@@ -58,6 +64,7 @@ def shared_prefix_attention(
 
     Raises:
         ValueError: an argument that does not fit; the message names it, its value and what was expected.
+        RuntimeError: an `impl` that cannot run; the message says why.
 
     Derived in the op's README.
     """
@@ -81,9 +88,27 @@ def shared_prefix_attention(
         )  # fmt: skip
     else:
         out, lse = SharedPrefixAttentionFunction.apply(
-            query, key, value, sinks, *(cached or (None, None)), Options(tree, scoring, window)
+            query, key, value, sinks, *(cached or (None, None)), Options(tree, scoring, window), _kernels(impl, query)
         )
     return (out, lse) if return_lse else out
+
+
+def _kernels(impl: str, query: Tensor) -> ModuleType:
+    """Who computes: Triton by name or, for "auto", where it runs on CUDA; else the composition.
+
+    `torch.compile` traces the composition whole but not the launches, so while it traces "auto" is the former.
+    """
+    traced = impl == "auto" and (query.device.type != "cuda" or torch.compiler.is_compiling())
+    if impl == "composition" or traced:
+        return composition
+    why = _dispatch.why_not("triton", "shared_prefix_attention", query.device, query.dtype)
+    if impl == "triton" and why is not None:
+        raise RuntimeError(f"shared_prefix_attention(impl='triton') cannot run: {why}; use impl='auto'")
+    if why is not None:
+        return composition
+    from . import fused_triton
+
+    return fused_triton
 
 
 def _rows(tensor: Tensor, dtype: torch.dtype) -> Tensor:

@@ -9,56 +9,15 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from types import ModuleType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .._checks import accumulate_dtype
 from . import part_dense, part_flash
+from .call import Grads, Inputs, Options, grad_of_sinks
 from .part_dense import BLOCK_KEYS, BLOCK_ROWS
-from .parts import Merged, Part, Scoring, blocks, segment_parts
-from .tree import PrefixTree
-
-
-class Inputs(NamedTuple):
-    """One layer's tensors, last dimensions contiguous."""
-
-    query: Tensor  # (T, Hq, D)
-    key: Tensor  # (T, Hkv, D)
-    value: Tensor  # (T, Hkv, D)
-    sinks: Tensor | None  # (Hq,)
-    cached_key: Tensor | None  # (P, Hkv, D)
-    cached_value: Tensor | None  # (P, Hkv, D)
-
-    def keys_of(self, part: Part) -> tuple[Tensor, Tensor]:
-        """(S, Hkv, D) views of the part's keys and values."""
-        if part.cached:
-            assert self.cached_key is not None and self.cached_value is not None
-            return self.cached_key[part.keys], self.cached_value[part.keys]
-        return self.key[part.keys], self.value[part.keys]
-
-    @property
-    def prefix(self) -> int:
-        """Tokens in the cached prefix."""
-        return 0 if self.cached_key is None else self.cached_key.shape[0]
-
-
-class Options(NamedTuple):
-    """What does not change from layer to layer."""
-
-    tree: PrefixTree
-    scoring: Scoring
-    window: int | None
-
-
-class Grads(NamedTuple):
-    """Gradients of query, key, value (in their dtype) and sinks."""
-
-    query: Tensor
-    key: Tensor
-    value: Tensor
-    sinks: Tensor | None
+from .parts import Merged, Part, blocks, segment_parts
 
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
@@ -75,7 +34,7 @@ def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
         total = out[rows] if query.dtype == wide else out[rows].to(wide)
         for kernel, part in _calls(inputs, options, segment):
             own = slice(part.rows.start - rows.start, part.rows.stop - rows.start)
-            result = kernel.forward(query[part.rows], *inputs.keys_of(part), part, options.scoring)
+            result = kernel.forward(query[part.rows], *_keys_of(inputs, part), part, options.scoring)
             _merge_(total[own], lse[part.rows], *result)
         out[rows] = total
     return out, lse
@@ -95,17 +54,14 @@ def backward(
     for segment in range(len(options.tree)):
         for kernel, part in _calls(inputs, options, segment, grad_lse is not None):
             grads = kernel.backward(
-                merged.rows(part.rows), query[part.rows], *inputs.keys_of(part), part, options.scoring
+                merged.rows(part.rows), query[part.rows], *_keys_of(inputs, part), part, options.scoring
             )
             totals[0][part.rows] += grads[0]
             if not part.cached:
                 totals[1][part.keys] += grads[1]
                 totals[2][part.keys] += grads[2]
-    grad_sinks = None
-    if inputs.sinks is not None:
-        grad_sinks = -(torch.exp(inputs.sinks.to(wide) - lse) * delta).sum(0).to(inputs.sinks.dtype)
     grad_query, grad_key, grad_value = (total.to(query.dtype) for total in totals)
-    return Grads(grad_query, grad_key, grad_value, grad_sinks)
+    return Grads(grad_query, grad_key, grad_value, grad_of_sinks(inputs.sinks, lse, delta))
 
 
 def _calls(inputs: Inputs, options: Options, segment: int, dense: bool = False) -> Iterator[tuple[ModuleType, Part]]:
@@ -116,6 +72,14 @@ def _calls(inputs: Inputs, options: Options, segment: int, dense: bool = False) 
         else:
             for block in blocks(part, BLOCK_ROWS, BLOCK_KEYS):
                 yield part_dense, block
+
+
+def _keys_of(inputs: Inputs, part: Part) -> tuple[Tensor, Tensor]:
+    """(S, Hkv, D) views of the part's keys and values."""
+    if part.cached:
+        assert inputs.cached_key is not None and inputs.cached_value is not None
+        return inputs.cached_key[part.keys], inputs.cached_value[part.keys]
+    return inputs.key[part.keys], inputs.value[part.keys]
 
 
 def _merge_(out: Tensor, lse: Tensor, part_out: Tensor, part_lse: Tensor) -> None:

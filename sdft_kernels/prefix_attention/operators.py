@@ -1,21 +1,22 @@
-"""Autograd over the composition."""
+"""Autograd over whoever computes."""
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from . import composition
-from .composition import Inputs, Options
+from .call import Inputs, Options
 
 
 class SharedPrefixAttentionFunction(torch.autograd.Function):
-    """(query, key, value, sinks, cached key, cached value, options) -> output and LSE, both differentiable.
+    """(query, key, value, sinks, cached key, cached value, options, kernels) -> output and LSE, both differentiable.
 
-    Saves the inputs, the output and the LSE: the probabilities are computed again in backward.
+    `kernels` is `composition` or `fused_triton`. Saves the inputs, the output and the LSE: the probabilities are
+    computed again in backward.
     """
 
     @staticmethod
@@ -28,13 +29,14 @@ class SharedPrefixAttentionFunction(torch.autograd.Function):
         cached_key: Tensor | None,
         cached_value: Tensor | None,
         options: Options,
+        kernels: ModuleType,
     ) -> tuple[Tensor, Tensor]:
         inputs = Inputs(query, key, value, sinks, cached_key, cached_value)
         # Autocast would round the fp32 products of `part_dense`.
         with torch.autocast(query.device.type, enabled=False):
-            out, lse = composition.forward(inputs, options)
+            out, lse = kernels.forward(inputs, options)
         ctx.save_for_backward(*inputs, out, lse)
-        ctx.options = options
+        ctx.options, ctx.kernels = options, kernels
         ctx.set_materialize_grads(False)
         return out, lse
 
@@ -43,8 +45,8 @@ class SharedPrefixAttentionFunction(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, out, lse = ctx.saved_tensors
         if grad is None and grad_lse is None:
-            return (None,) * 7
+            return (None,) * 8
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
         with torch.autocast(out.device.type, enabled=False):
-            grads = composition.backward(Inputs(*tensors), ctx.options, out, lse, grad, grad_lse)
-        return *grads, None, None, None
+            grads = ctx.kernels.backward(Inputs(*tensors), ctx.options, out, lse, grad, grad_lse)
+        return *grads, None, None, None, None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from array import array
 from collections.abc import Iterable, Sequence
+from itertools import accumulate, chain
 from typing import Any
 
 import torch
@@ -102,6 +103,19 @@ class PrefixTree:
         offsets = self._kept("offsets", lambda: _tensor(ancestors(self.lengths, self.parents)[0]))
         return offsets, self._kept("segments", lambda: _tensor(ancestors(self.lengths, self.parents)[1]))
 
+    @property
+    def descendants(self) -> tuple[Tensor, Tensor]:
+        """Each segment and then all below it, in order, in CSR form, int64: (S + 1,) offsets and the segments."""
+        lists: list[list[int]] = [[] for _ in self.lengths]
+        if "descendants" not in self._tensors:
+            for segment, path in enumerate(self.paths):
+                for above in path:
+                    lists[above].append(segment)
+        offsets = self._kept(
+            "descendant offsets", lambda: torch.tensor([0, *accumulate(map(len, lists))], dtype=torch.int64)
+        )
+        return offsets, self._kept("descendants", lambda: torch.tensor(list(chain(*lists)), dtype=torch.int64))
+
     def tiles(self, head_size: int) -> Tensor:
         """(tiles, 3) int64: segment, first token within it, tokens, of the query tiles for this head size.
 
@@ -110,8 +124,18 @@ class PrefixTree:
         """
         tile = next((query_tile for largest, query_tile, _ in TILES if head_size <= largest), None)
         if tile is not None:
-            return self._kept(tile, lambda: _tensor(tile_table(self.lengths, self.parents, tile)).view(-1, 3))
+            return self.tile_table(tile)
         raise ValueError(f"head_size must be at most {TILES[-1][0]}, got {head_size}")
+
+    def tile_table(self, query_tile: int) -> Tensor:
+        """(tiles, 3) int64: the same for tiles of up to `query_tile` tokens."""
+        return self._kept(query_tile, lambda: _tensor(tile_table(self.lengths, self.parents, query_tile)).view(-1, 3))
+
+    @property
+    def segments(self) -> Tensor:
+        """(S, 3) int64: first packed row, tokens, and position of the first token of each segment."""
+        rows = list(zip(self.offsets, self.lengths, self.starts, strict=False))  # offsets: one more
+        return self._kept("segment rows", lambda: torch.tensor(rows, dtype=torch.int64).view(-1, 3))
 
     def rows(self, sequence: int) -> Tensor:
         """(tokens of the sequence,) int64: the packed rows of sequence `sequence`, from its root to its leaf."""
