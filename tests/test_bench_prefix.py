@@ -150,6 +150,17 @@ def test_step_table_has_the_parts(monkeypatch, capsys):
     assert packed[:6] == ["packed", "1000", "2.00", "2.00-2.00", "2.50", "2"]
 
 
+@pytest.mark.parametrize(("failing", "status"), [("flash_attn", 0), ("shared", 1)])
+def test_only_failures_of_ours_are_status_1(failing, status, monkeypatch, capsys):
+    def measure(case, progress):
+        floor, other = case.requests()
+        return [protocol.Result(floor, [1.0], [1.0]), protocol.Result(other, failed=True, note="it broke")]
+
+    monkeypatch.setattr(protocol, "measure_case", measure)
+    assert cli.main(["bench", "attention", "--shape", "8,2,2", "--variants", failing]) == status
+    assert "FAILED: it broke" in capsys.readouterr().out
+
+
 def test_requests_survive_json_and_steps_add_up():
     for case in (attention_case(), step_case()):
         for request in case.requests():
