@@ -25,7 +25,7 @@ OPTIONS = {
     "softcap": {"softcap": 2.0},
     "window 1": {"window": 1},
     "window 17": {"window": 17},
-    "window 2^40": {"window": 1 << 40},
+    "window beyond int32": {"window": 1 << 40},
     "sinks": {"sinks": True},
     "cached prefix": {"prefix": 19},
     "everything": {"prefix": 19, "window": 23, "softcap": 3.0, "sinks": True, "scale": 0.2},
