@@ -25,7 +25,7 @@ OPTIONS = {
     "softcap": {"softcap": 2.0},
     "window 1": {"window": 1},
     "window 17": {"window": 17},
-    "window 400": {"window": 400},
+    "window beyond int32": {"window": 1 << 40},
     "sinks": {"sinks": True},
     "cached prefix": {"prefix": 19},
     "everything": {"prefix": 19, "window": 23, "softcap": 3.0, "sinks": True, "scale": 0.2},
@@ -99,6 +99,13 @@ def test_trees(tree):
 @pytest.mark.usefixtures("exact")
 def test_options(options):
     assert_equals(make_case(PrefixTree(*TREES["depth 3"]), (2, 1), **options))
+
+
+@pytest.mark.parametrize("window", [1, 16, 17, 32])
+@pytest.mark.usefixtures("exact")
+def test_a_window_that_ends_at_a_tiles_edge(window):
+    """The last row that sees a key tile is the first, or the last, of a tile of rows."""
+    assert_equals(make_case(PrefixTree([33, 33], [-1, 0]), (1, 1), 16, window=window))
 
 
 @pytest.mark.parametrize(("heads", "size"), [((1, 1), 16), ((4, 2), 8), ((4, 1), 24), ((2, 2), 64), ((2, 1), 256)])

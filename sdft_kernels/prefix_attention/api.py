@@ -78,6 +78,7 @@ def shared_prefix_attention(
             raise ValueError(f"window must be an integer, got {window!r}")
         if window < 1:
             raise ValueError(f"window must be at least 1 (a token sees itself), got {window}")
+        window = min(window, tree.tokens + (cached[0].shape[0] if cached else 0) + 1)  # kernels take 32 bits
     operand = operand_dtype(query)
     query, key, value, *cached = (_rows(x, operand) for x in (query, key, value, *cached))
     scoring = Scoring(query.shape[-1] ** -0.5 if scale is None else float(scale), softcap)
