@@ -110,13 +110,13 @@ build_native() {
 
 run_tests() {
   local files=(tests/test_gpu.py tests/test_divergence_rows.py tests/test_divergence_triton.py tests/test_vocab_parallel.py
-    tests/test_prefix_attention_gpu.py)
+    tests/test_prefix_attention_gpu.py tests/test_prefix_attention_triton.py)
   local options=(-q -p no:cacheprovider --durations=10)
   if $dry_run; then # without a GPU the kernels are interpreted, which takes minutes: one shape
     options+=(-k "test_gpu or (test_ragged_vocabularies and triton-17)")
   else
     local rows="(test_divergence_rows and (triton or gpu)) or test_divergence_triton or both_row_kernels"
-    options+=(-k "test_gpu or $rows or prefix_attention_gpu")
+    options+=(-k "test_gpu or $rows or prefix_attention_gpu or prefix_attention_triton")
     # Each process has a device context of its own; peaks of memory are counted per process.
     if has_module xdist; then options+=(-n 6); fi
   fi

@@ -10,12 +10,13 @@ N, V, H = 2048, 32_768, 64
 FULL = N * V * 4  # 256 MiB: one fp32 tensor of all logits
 
 CHILD = """
-import json, resource, sys
+import json, sys
 import torch
 torch.set_num_threads(1)
 from sdft_kernels import linear_divergence, linear_divergence_loss
 what, n, v, h, budget, dtype = sys.argv[1], *map(int, sys.argv[2:6]), getattr(torch, sys.argv[6])
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which starts at the peak of the process that ran this one.
+from sdft_kernels.cli._bench.worker import peak_resident_bytes as peak
 g = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
 hs, ht, ws, wt = draw(n, h), draw(n, h), draw(v, h), draw(v, h)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from sdft_kernels import AffineTokenLoss, linear_divergence, linear_divergence_loss, sdft_token_loss
+from sdft_kernels import AffineTokenLoss, _native, linear_divergence, linear_divergence_loss, sdft_token_loss
 from sdft_kernels._chunks import Head, Need, prepared
 from sdft_kernels._gemm import Gemm
 from sdft_kernels._head import IDENTITY
@@ -84,8 +84,11 @@ def test_autocast_with_a_grad_scaler(dtype):
     scaler.scale(loss).backward()
     scaler.unscale_(optimizer)
     expected = run_divergence_loss(rounded, "auto")
-    assert relative_error(layer.weight.grad, expected["grad_student_weight"]) < 1e-6
-    assert relative_error(h.grad, expected["grad_student_input"]) < 1e-6
+    # Where the last products take bf16, the gradient of the logits is rounded to it as it enters them.
+    rounds = Gemm(dtype, torch.float32, native=True).gradient_dtype(h.device) == torch.bfloat16
+    limit = 0.004 if rounds and _native.has_native() else 1e-6
+    assert relative_error(layer.weight.grad, expected["grad_student_weight"]) < limit
+    assert relative_error(h.grad, expected["grad_student_input"]) < limit
     before = layer.weight.detach().clone()
     scaler.step(optimizer)
     assert not layer.weight.equal(before)

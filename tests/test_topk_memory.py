@@ -12,13 +12,14 @@ FULL = N * V * 4  # 256 MiB: one fp32 tensor of all logits
 pytestmark = pytest.mark.slow  # a process each
 
 CHILD = """
-import json, resource, sys
+import json, sys
 import torch
 torch.set_num_threads(1)
 from sdft_kernels.topk_divergence import linear_topk_divergence
 n, v, h, k, budget = map(int, sys.argv[1:6])
 dtype, support, tail, impl = getattr(torch, sys.argv[6]), *sys.argv[7:10]
-def peak(): return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+# Not ru_maxrss, which starts at the peak of the process that ran this one.
+from sdft_kernels.cli._bench.worker import peak_resident_bytes as peak
 g = torch.Generator().manual_seed(0)
 draw = lambda *shape: torch.randn(*shape, generator=g).to(dtype)
 hs, ht, ws, wt = draw(n, h), draw(n, h), draw(v, h), draw(v, h)
