@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,7 +28,7 @@ from sdft_kernels.cli._bench.report import commit
 from sdft_kernels.cli._table import print_table
 from sdft_kernels.cli.env import cpu_model
 from sdft_kernels.divergence.driver import plan, rows_of
-from sdft_kernels.testing import make_divergence_inputs
+from sdft_kernels.testing import DivergenceInputs, make_divergence_inputs
 
 MIB = 2**20
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -73,10 +74,15 @@ def _milliseconds(run: Callable[[], object]) -> float:
     return 1e3 * (time.perf_counter() - start)
 
 
+@lru_cache(maxsize=1)
+def _inputs(tokens: int, vocabulary: int, hidden: int, dtype: str) -> DivergenceInputs:
+    return make_divergence_inputs("near", tokens, vocabulary, hidden, dtype=DTYPES[dtype])
+
+
 def measure(case: tuple[int, int, int, str, int], impl: str, loss: str, repeats: int, stamp: dict[str, Any]) -> Row:
     """The medians of one chunk of `case`."""
     tokens, hidden, vocabulary, dtype, budget = case
-    x = make_divergence_inputs("near", tokens, vocabulary, hidden, dtype=DTYPES[dtype])
+    x = _inputs(tokens, vocabulary, hidden, dtype)
     rows, gemm = rows_of(impl), Gemm(DTYPES[dtype], torch.float32, native=impl == "native")
     heads = (
         Head(x.student_input, x.student_weight, None, IDENTITY),

@@ -48,15 +48,26 @@ static inline lane_t<real> load_logits(const real* from, int64_t left) {
   return value;
 }
 
-// The first `left` lanes to memory, in the tile's type or rounded to bf16 (to nearest even, a NaN stays one).
+// The first `left` of the lanes to memory. Whole vectors by a copy of fixed size: one of any size is a call, which
+// takes longer than the gradient of a vector.
+template <typename element, typename lanes_t>
+static inline void store_first(element* to, lanes_t lanes, int64_t left) {
+  constexpr int64_t COUNT = static_cast<int64_t>(sizeof(lanes) / sizeof(element));
+  if (left >= COUNT) {
+    std::memcpy(to, &lanes, sizeof(lanes));
+  } else {
+    std::memcpy(to, &lanes, static_cast<size_t>(left) * sizeof(element));
+  }
+}
+
+// In the tile's type, or rounded to bf16 (to nearest even, a NaN stays one).
 template <typename real>
 static inline void store_lanes(real* to, lane_t<real> value, int64_t left) {
-  std::memcpy(to, &value, static_cast<size_t>(smaller(left, Lane<real>::count)) * sizeof(real));
+  store_first(to, value, left);
 }
 
 static inline void store_lanes(uint16_t* to, vfloat value, int64_t left) {
-  const vbfloat16 rounded = narrow(round_to_bfloat16(value));
-  std::memcpy(to, &rounded, static_cast<size_t>(smaller(left, LANES)) * sizeof(uint16_t));
+  store_first(to, narrow(round_to_bfloat16(value)), left);
 }
 
 static inline double total(double value) { return value; }
