@@ -145,8 +145,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     stamp = {
-        "threads": args.threads, "isa": _native.cpu_isa(), "device": cpu_model(), "torch_version": torch.__version__,
-        "commit": commit(),
+        "threads": args.threads, "isa": _native.cpu_isa(), "device": cpu_model()[0],
+        "torch_version": torch.__version__, "commit": commit(),
     }  # fmt: skip
     table = [measure(case, impl, loss, args.repeats, stamp) for case in CASES for impl in args.impl for loss in LOSSES]
     names = [field.name for field in fields(Row)][:12]

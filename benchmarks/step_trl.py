@@ -198,8 +198,8 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             peak_over_trl=round(peak[role] / peak["trl"], 4), loss_difference=f"{difference:.1e}",
             prompt_tokens=losses["prompt_tokens"], teacher_prompt_tokens=losses["teacher_prompt_tokens"],
             completions=args.completions, completion_tokens=args.completion_tokens, threads=args.threads,
-            device=cpu_model(), torch_version=torch.__version__, transformers_version=package_version("transformers"),
-            trl_version=package_version("trl"), commit=commit(),
+            device=cpu_model()[0], torch_version=torch.__version__,
+            transformers_version=package_version("transformers"), trl_version=package_version("trl"), commit=commit(),
         )
         for role in ROLES
     ]  # fmt: skip
