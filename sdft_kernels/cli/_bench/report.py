@@ -208,7 +208,7 @@ def _draw_bars(time_axis: Any, memory_axis: Any, timed: Sequence[Result[Request]
 
 def _draw_curve(time_axis: Any, memory_axis: Any, timed: Sequence[Result[Request]]) -> None:
     """Of every variant that ran with budgets; variants without one are lines across."""
-    for variant in dict.fromkeys(result.request.variant for result in timed):
+    for variant in dict.fromkeys(result.request.variant for result in timed if result.request.memory_budget):
         runs = [result for result in timed if result.request.variant == variant and result.request.memory_budget]
         runs.sort(key=lambda result: result.request.memory_budget or 0)
         budgets = [(result.request.memory_budget or 0) / MIB for result in runs]
