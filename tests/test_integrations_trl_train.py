@@ -174,4 +174,6 @@ if __name__ == "__main__":
 
     loss, gradients = ddp_gradients(path, slice(rank * half, (rank + 1) * half), wrap)
     torch.save({"loss": loss, "gradients": gradients}, f"{path}{rank}.pt")
-    torch.distributed.destroy_process_group()
+    from processes import leave
+
+    leave()

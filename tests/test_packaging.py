@@ -222,6 +222,9 @@ def test_editable_install_is_native_and_follows_the_checkout(checkout: Path, tmp
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """setup.py as a module, its `setup()` not called, building into `tmp_path`, where csrc/cuda has one source."""
+    # Setuptools brings a distutils of its own and refuses to come second, after a test that imported Python's.
+    for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
+        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     for name in ("SDFT_BUILD_EXT", "SDFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):

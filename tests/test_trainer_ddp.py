@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("transformers")
 
 import distill_tiny as tiny  # noqa: E402
-from processes import run_ranks  # noqa: E402
+from processes import leave, run_ranks  # noqa: E402
 
 from sdft_kernels.distill import SDFTConfig, SDFTTrainer  # noqa: E402
 
@@ -40,3 +40,4 @@ if __name__ == "__main__":
     assert trainer.args.world_size == 2 and trainer.model_wrapped is not trainer.model
     if trainer.args.process_index == 0:
         torch.save({"losses": losses, "parameters": parameters}, sys.argv[1] + ".pt")
+    leave()
