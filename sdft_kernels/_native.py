@@ -129,8 +129,8 @@ def weight_grad_gemm(grad: torch.Tensor, hidden: torch.Tensor, total: torch.Tens
 def on_huge_pages(fresh: torch.Tensor) -> torch.Tensor:
     """`fresh`, a contiguous tensor just allocated, with pages of 2 MiB asked for under it if it is large and on CPU.
 
-    glibc returns large tensors to the system, so each call's buffers are mapped anew, page by page at first use: 110 ms
-    for 128 MiB in pages of 4 KiB on a virtual machine, 30 ms in huge ones.
+    glibc returns large tensors to the system, so each call's buffers are mapped anew, page by page at first use: some
+    100 ms for 128 MiB in pages of 4 KiB on a virtual machine (measured by hand), a quarter of that in huge ones.
     """
     if fresh.device.type == "cpu" and fresh.numel() * fresh.element_size() >= _HUGE_BYTES and has_native():
         torch.ops.sdft_kernels.prefer_huge_pages_(fresh)

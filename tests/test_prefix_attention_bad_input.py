@@ -87,8 +87,10 @@ def test_the_arguments_are_good_without_the_changes():
 
 
 def test_a_cached_prefix_may_require_grad_where_none_is_taken():
+    prefix = (cached(7, 2, 8, requires_grad=True),) * 2
     with torch.no_grad():
-        shared_prefix_attention(**arguments(prefix_kv=(cached(7, 2, 8, requires_grad=True),) * 2))
+        out = shared_prefix_attention(**arguments(prefix_kv=prefix))
+    assert out.equal(shared_prefix_attention(**arguments(prefix_kv=tuple(t.detach() for t in prefix))))
 
 
 def test_sinks_may_be_fp32_beside_bf16():

@@ -125,12 +125,9 @@ class Passes:
         completions: Sequence[TokenIds],
         cache: PrefixCache | None,
     ) -> Tensor:
-        if cache is not None and _one_prompt_each(prompts, completions) and _tree_saves(prompts, completions):
-            cache = (
-                None  # prompts that share only their beginning: the tree finds that, a cache of whole prompts does not
-            )
         separate = sum(len(p) + len(c) - 1 for p, c in zip(prompts, completions, strict=True) if len(c))
-        if not self._worthwhile(model, prompts, completions, cache):
+        packs, cache = self._way(model, prompts, completions, cache)
+        if not packs:
             self._groups[side] = [(len(p), (len(c),)) for p, c in zip(prompts, completions, strict=True)]
             self.counts.add(computed=separate, separate=separate)
             return completion_hidden_states(model, prompts, completions, token_budget=self.token_budget)
@@ -139,19 +136,24 @@ class Passes:
         pieces = packed_hidden_states(model, *groups, cache=cache, token_budget=self.token_budget, counts=self.counts)
         return torch.cat([piece for group in pieces for piece in group])
 
-    def _worthwhile(
+    def _way(
         self,
         model: nn.Module,
         prompts: Sequence[TokenIds],
         completions: Sequence[TokenIds],
         cache: PrefixCache | None,
-    ) -> bool:
+    ) -> tuple[bool, PrefixCache | None]:
+        """Whether the pass is packed, and with which cache."""
         if not self.shares or not any(map(len, completions)):
-            return False
+            return False, None
         dropout = getattr(unwrap_peft(model).config, "attention_dropout", 0.0)
         if dropout and model.training and not self.required:
-            return False  # the attention over a tree has none
-        return cache is not None or _tree_saves(prompts, completions)
+            return False, None  # the attention over a tree has none
+        if cache is not None and not _one_prompt_each(prompts, completions):
+            return True, cache
+        if _tree_saves(prompts, completions):
+            return True, None  # prompts that share only their beginning: a cache of whole prompts would not find that
+        return cache is not None, cache
 
 
 def _tree_saves(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:
