@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import zipfile
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -194,7 +195,8 @@ def make_wheel(folder, name):
 
 @pytest.mark.slow
 def test_dry_run_passes_every_stage(tmp_path):
-    pytest.importorskip("pip")
+    if not list(metadata.distributions(name="pip")):  # looking for the module would switch off setuptools' distutils
+        pytest.skip("no pip")
     results, tools = tmp_path / "results", tmp_path / "tools"
     tools.mkdir()
     make_wheel(tmp_path, "probe_peer")

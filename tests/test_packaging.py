@@ -20,6 +20,9 @@ import torch
 import sdft_kernels
 from sdft_kernels import _native
 
+# Here, before any test runs: setuptools refuses to be imported after anything in the process has looked for pip.
+pytest.importorskip("setuptools")
+
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGED = ("setup.py", "pyproject.toml", "CMakeLists.txt", "MANIFEST.in", "README.md", "LICENSE", "csrc", "python")
 
@@ -222,9 +225,6 @@ def test_editable_install_is_native_and_follows_the_checkout(checkout: Path, tmp
 @pytest.fixture
 def build(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> ModuleType:
     """setup.py as a module, its `setup()` not called, building into `tmp_path`, where csrc/cuda has one source."""
-    # Setuptools brings a distutils of its own and refuses to come second, after a test that imported Python's.
-    for name in [name for name in sys.modules if name.partition(".")[0] == "distutils"]:
-        monkeypatch.delitem(sys.modules, name)
     monkeypatch.setattr("setuptools.setup", lambda **_: None)
     monkeypatch.setattr(sys, "argv", ["setup.py"])
     for name in ("SDFT_BUILD_EXT", "SDFT_CUDA_ARCHS", "TORCH_CUDA_ARCH_LIST", "MAX_JOBS"):
