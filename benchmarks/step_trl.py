@@ -1,9 +1,11 @@
 """``python -m benchmarks.step_trl``: one SDFT step of SmolLM2-135M-Instruct beside TRL's `SDFTTrainer`.
 
 A step: 8 completions of 64 tokens are sampled for one prompt of 541 tokens, student and frozen teacher (with the
-demonstration) run over them, full-vocabulary KL(teacher || student), backward, AdamW; fp32. Each trainer runs in
-processes of its own, in turns; the first step of a process is a warm-up. The peak is the whole process's resident set.
-In a further process both losses are computed from one batch that TRL prepared: they must agree to 1e-4.
+demonstration) run over them, full-vocabulary KL(teacher || student), backward, AdamW; fp32. It is timed from the end of
+the step before to its own end, so whatever either trainer does in between counts. Each trainer, with and without
+activation checkpointing, runs in processes of its own, in turns; the first step of a process is a warm-up. The peak is
+the whole process's resident set. In a further process both losses are computed from one batch that TRL prepared: they
+must agree to 1e-4.
 
 The prompt is written from this project's demonstration tasks; ``--data FILE --row N`` takes another (columns `prompt`,
 `privileged_context`). The committed table is `benchmarks/data/step_trl.csv`.
@@ -13,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import itertools
 import json
 import os
 import subprocess
@@ -24,11 +27,17 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-ROLES = ("trl", "sdft")
+# Trainer, and whether it checkpoints activations; ratios are to the first.
+ROLES = {
+    "trl": ("trl", False),
+    "sdft": ("sdft", False),
+    "trl_checkpointed": ("trl", True),
+    "sdft_checkpointed": ("sdft", True),
+}
 COLUMNS = (
-    "trainer", "step_s", "steps", "peak_mib", "step_over_trl", "peak_over_trl", "loss_difference", "prompt_tokens",
-    "teacher_prompt_tokens", "completions", "completion_tokens", "threads", "device", "torch_version",
-    "transformers_version", "trl_version", "commit",
+    "trainer", "activation_checkpointing", "step_s", "steps", "peak_mib", "step_over_trl", "peak_over_trl",
+    "loss_difference", "prompt_tokens", "teacher_prompt_tokens", "completions", "completion_tokens", "threads",
+    "device", "torch_version", "transformers_version", "trl_version", "commit",
 )  # fmt: skip
 LOSS_TOLERANCE = 1e-4
 # TRL's own default template, which `teacher_prompt_template="trl"` is here.
@@ -63,15 +72,13 @@ def read_row(args: argparse.Namespace, tokenizer: Any) -> dict[str, Any]:
     return {name: row[name] for name in ("prompt", "privileged_context")}
 
 
-def _callback(times: list[float]) -> Any:
+def _clock(times: list[float]) -> Any:
+    """A callback that notes when steps end: some trainers sample before the step begins, some after."""
     from transformers import TrainerCallback
 
     class Clock(TrainerCallback):
-        def on_step_begin(self, *_: Any, **__: Any) -> None:
-            self.start = time.perf_counter()
-
         def on_step_end(self, *_: Any, **__: Any) -> None:
-            times.append(time.perf_counter() - self.start)
+            times.append(time.perf_counter())
 
     return Clock()
 
@@ -82,6 +89,7 @@ def _common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
         max_completion_length=args.completion_tokens, generation_kwargs={"min_new_tokens": args.completion_tokens},
         gradient_accumulation_steps=1, learning_rate=1e-5, report_to=[], use_cpu=True, bf16=False, fp16=False,
         save_strategy="no", distillation_is_clip=None, disable_tqdm=True, logging_steps=1,
+        gradient_checkpointing=args.checkpointing,
     )  # fmt: skip
 
 
@@ -91,7 +99,7 @@ def trl_trainer(args: argparse.Namespace, model: Any, tokenizer: Any, row: dict[
 
     config = SDFTConfig(
         **_common(args, folder), distillation_mode="full_logits", per_device_train_batch_size=args.completions,
-        max_prompt_length=4096, teacher_model_kind="base", gradient_checkpointing=False, num_loss_tokens_to_skip=0,
+        max_prompt_length=4096, teacher_model_kind="base", num_loss_tokens_to_skip=0,
         teacher_prompt_template=TEMPLATE,
     )  # fmt: skip
     rows = Dataset.from_list([row] * 16)
@@ -115,11 +123,13 @@ def run_steps(args: argparse.Namespace, role: str) -> dict[str, Any]:
 
     model, tokenizer = load_model(ensure_model())
     row, times = read_row(args, tokenizer), list[float]()
+    kind, args.checkpointing = ROLES[role]
     with tempfile.TemporaryDirectory() as folder:
-        trainer = {"trl": trl_trainer, "sdft": sdft_trainer}[role](args, model, tokenizer, row, folder)
-        trainer.add_callback(_callback(times))
+        trainer = {"trl": trl_trainer, "sdft": sdft_trainer}[kind](args, model, tokenizer, row, folder)
+        trainer.add_callback(_clock(times))
         trainer.train()
-    return {"seconds": times[1:], "peak_bytes": peak_resident_bytes()}
+    seconds = [end - start for start, end in itertools.pairwise(times)]
+    return {"seconds": seconds, "peak_bytes": peak_resident_bytes()}
 
 
 def compare_losses(args: argparse.Namespace) -> dict[str, Any]:
@@ -131,7 +141,7 @@ def compare_losses(args: argparse.Namespace) -> dict[str, Any]:
 
     model, tokenizer = load_model(ensure_model())
     row, ours = read_row(args, tokenizer), list[Any]()
-    args.steps = 1
+    args.steps, args.checkpointing = 1, False
     with tempfile.TemporaryDirectory() as folder:
         trainer = trl_trainer(args, model, tokenizer, row, folder)
 
@@ -180,20 +190,21 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
     from sdft_kernels.cli._progress import Progress
     from sdft_kernels.cli.env import cpu_model, package_version
 
-    runs: dict[str, list[dict[str, Any]]] = {role: [] for role in ROLES}
-    with Progress(1 + args.pairs * len(ROLES), "step") as progress:
+    runs: dict[str, list[dict[str, Any]]] = {role: [] for role in args.roles}
+    with Progress(1 + args.pairs * len(args.roles), "step") as progress:
         losses = child(args, "losses")
         progress.step("losses agree")
         for pair in range(args.pairs):
-            for role in ROLES:
+            for role in args.roles:
                 runs[role].append(child(args, role))
                 progress.step(f"{role}: {pair + 1}/{args.pairs}")
     difference = abs(losses["ours"] - losses["theirs"]) / abs(losses["theirs"])
-    took = {role: median(t for run in runs[role] for t in run["seconds"]) for role in ROLES}
-    peak = {role: max(run["peak_bytes"] for run in runs[role]) for role in ROLES}
+    took = {role: median(t for run in runs[role] for t in run["seconds"]) for role in args.roles}
+    peak = {role: max(run["peak_bytes"] for run in runs[role]) for role in args.roles}
     return [
         dict(
-            trainer=role, step_s=round(took[role], 2), steps=sum(len(run["seconds"]) for run in runs[role]),
+            trainer=ROLES[role][0], activation_checkpointing="yes" if ROLES[role][1] else "no",
+            step_s=round(took[role], 2), steps=sum(len(run["seconds"]) for run in runs[role]),
             peak_mib=round(peak[role] / 2**20), step_over_trl=round(took[role] / took["trl"], 4),
             peak_over_trl=round(peak[role] / peak["trl"], 4), loss_difference=f"{difference:.1e}",
             prompt_tokens=losses["prompt_tokens"], teacher_prompt_tokens=losses["teacher_prompt_tokens"],
@@ -201,7 +212,7 @@ def measure(args: argparse.Namespace) -> list[dict[str, Any]]:
             device=cpu_model()[0], torch_version=torch.__version__,
             transformers_version=package_version("transformers"), trl_version=package_version("trl"), commit=commit(),
         )
-        for role in ROLES
+        for role in args.roles
     ]  # fmt: skip
 
 
@@ -214,10 +225,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--prompt-tokens", type=int, default=541, metavar="P", help="at least (default 541)")
     parser.add_argument("--data", type=Path, metavar="JSONL", help="take the prompt from here")
     parser.add_argument("--row", type=int, default=0, help="of --data")
+    parser.add_argument(
+        "--roles", nargs="+", choices=tuple(ROLES), default=tuple(ROLES), metavar="ROLE", help=f"of {', '.join(ROLES)}"
+    )
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--output", type=Path, metavar="CSV", help="write the table here (replaced)")
     parser.add_argument("--role", choices=(*ROLES, "losses"), help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
+    args.roles = list(dict.fromkeys([next(iter(ROLES)), *args.roles]))  # the first is what the others are divided by
     args.raw = list(sys.argv[1:] if argv is None else argv)
     if args.role is not None:
         import torch
@@ -228,7 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     table = measure(args)
     from sdft_kernels.cli._table import print_table
 
-    shown = COLUMNS[:10]
+    shown = COLUMNS[:11]
     print_table("one SDFT step", shown, [[str(row[name]) for name in shown] for row in table])
     if args.output is not None:
         with args.output.open("w", newline="", encoding="utf-8") as file:

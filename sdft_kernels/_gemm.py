@@ -57,7 +57,7 @@ class Gemm:
         if device.type != "cpu":
             return 0
         own, threads, hidden = 0, torch.get_num_threads(), weight.shape[1]
-        if self._native_logits(weight):
+        if self.compiles_logits(weight):
             own = threads * 4 * NATIVE_THREAD_ROWS * min(hidden + 15, NATIVE_THREAD_COLUMNS)
         if self.gradient_dtype(device) == torch.bfloat16:
             own = max(own, threads * NATIVE_GRADIENT_BYTES + NATIVE_BYTES_PER_HIDDEN * (hidden + 47))
@@ -92,7 +92,7 @@ class Gemm:
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, V) = hidden weight^T + bias."""
-        if hidden.device.type == "cpu" and self._native_logits(weight):
+        if hidden.device.type == "cpu" and self.compiles_logits(weight):
             hidden = hidden.to(self.operand).contiguous()
             for rows, part in self._slices(weight, self.operand):
                 _native.logits_gemm(hidden, part, out[:, rows])
@@ -130,7 +130,7 @@ class Gemm:
     def _cast(self, operand: Tensor) -> Tensor:
         return operand.to(self.operand).to(self.accumulate)
 
-    def _native_logits(self, weight: Tensor) -> bool:
+    def compiles_logits(self, weight: Tensor) -> bool:
         """Whether the compiled logits product takes this head and wins.
 
         fp32, GFLOP/s of one Zen 4 core, ours and the library's. AVX-512: 61/36 at n=16 H=576 V=49152, 103/75 at 128,

@@ -93,6 +93,8 @@ LAYERS = (
     Layer("{op}.composition", (*BASE, "{op}.tree", "{op}.parts", "{op}.call", "{op}.part_*"), eager=TORCH),
     Layer("{op}.__init__", ("{op}.api", "{op}.planner", "{op}.tree", "{op}.cache", *TERMS)),
     Layer("testing.*", (*BASE, *ALL_OPS, "{any}.*", "testing", "testing.*"), eager=TORCH),
+    # Subclasses of transformers' cache: imported lazily, by `models.shared_prefill`.
+    Layer("models.decode_cache", ("models.decode_attention",), eager=TORCH | {"transformers"}),
     Layer("models.*", (*BASE, *ALL_OPS, "models", "models.*"), eager=TORCH, lazy=MODEL_STACK),
     Layer("distill.*", (*BASE, *ALL_OPS, "models", "models.*", "distill", "distill.*"), eager=TORCH | MODEL_STACK),
     Layer(

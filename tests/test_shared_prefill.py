@@ -1,5 +1,6 @@
 """Rollouts whose prompt is computed once: the same tokens as stock `generate`, and the plain path where it must be."""
 
+import contextlib
 import logging
 import re
 
@@ -10,9 +11,14 @@ pytest.importorskip("transformers")
 
 import prefix_models  # noqa: E402
 
+from sdft_kernels import _native  # noqa: E402
+from sdft_kernels._gemm import Gemm  # noqa: E402
 from sdft_kernels.distill import rollouts  # noqa: E402
 from sdft_kernels.distill.rollouts import generate_completions  # noqa: E402
-from sdft_kernels.models import shared_prefill  # noqa: E402
+from sdft_kernels.models import attention_hook, decode_attention, shared_prefill  # noqa: E402
+from sdft_kernels.models.decode_cache import FIRST_TOKENS, DecodeLayer  # noqa: E402
+from sdft_kernels.models.decode_head import compiled_head  # noqa: E402
+from sdft_kernels.models.shared_prefix import disable_shared_prefix, enable_shared_prefix  # noqa: E402
 
 PROMPTS = [[5, 9, 2, 7, 31, 4, 8, 15, 16, 23, 42], [3], [11, 7, 5, 3, 2, 60, 1, 44]]
 
@@ -220,3 +226,197 @@ def test_with_an_adapter():
     shared, shapes = watched(adapted, max_completion_length=8)
     assert shapes[0] == (3, 10)
     assert shared == watched(adapted, max_completion_length=8, share_prefill=False)[0] != bare
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """Shapes of the queries that attended over prompts that stand once."""
+    shapes = []
+    real = decode_attention.decode_attention
+
+    def watch(query, *args, **options):
+        shapes.append(tuple(query.shape))
+        return real(query, *args, **options)
+
+    monkeypatch.setattr(attention_hook, "decode_attention", watch)
+    return shapes
+
+
+@pytest.mark.parametrize("family", prefix_models.FAMILIES)
+@pytest.mark.parametrize("implementation", [None, "eager"])
+def test_an_enabled_model_keeps_prompts_once(family, implementation, decoded):
+    """Ragged prompts, windows of 4, and completions that make the samples' buffers grow."""
+    model = prefix_models.tiny(family)
+    if implementation is not None:
+        model.set_attn_implementation(implementation)
+    enable_shared_prefix(model)
+    tokens = FIRST_TOKENS + 8
+    shared, stock = greedy(model, PROMPTS, 3, tokens)
+    assert torch.equal(shared, stock) and len(shared[:, 11:].unique()) > 30
+    assert len(decoded) == tokens * model.config.num_hidden_layers and {shape[0] for shape in decoded} == {9}
+    options = dict(max_completion_length=12, seed=4)
+    assert watched(model, **options)[0] == watched(model, share_prefill=False, **options)[0]
+
+
+def test_other_models_repeat_the_cache(decoded, monkeypatch):
+    """Not enabled any more, or in front of an attention that is told of windows and padding by other means."""
+    model = prefix_models.tiny("llama")
+    enable_shared_prefix(model)
+    once = generate_completions(model, PROMPTS, 4, max_completion_length=6)
+    assert decoded
+    decoded.clear()
+    monkeypatch.setattr(shared_prefill, "stock_implementation", lambda name: "flash_attention_2")
+    assert generate_completions(model, PROMPTS, 4, max_completion_length=6) == once and not decoded
+    monkeypatch.undo()
+    disable_shared_prefix(model)
+    assert generate_completions(model, PROMPTS, 4, max_completion_length=6) == once and not decoded
+
+
+def test_prompts_are_not_copied():
+    model = prefix_models.tiny("llama")
+    enable_shared_prefix(model)
+    ids, mask = rollouts._left_padded(PROMPTS, 0, torch.device("cpu"))
+    with torch.no_grad():
+        inputs = shared_prefill.prefilled_inputs(model, ids, mask, 5)
+    cache = next(v for v in inputs.values() if hasattr(v, "layers"))
+    before = [layer.shared[0].data_ptr() for layer in cache.layers]
+    model.generate(**inputs, **settings(4))
+    assert [tuple(layer.shared[0].shape) for layer in cache.layers] == [(3, 2, 10, 8)] * 2
+    assert [layer.shared[0].data_ptr() for layer in cache.layers] == before
+    assert [(layer.tokens, tuple(layer.buffers[0].shape)) for layer in cache.layers] == [
+        (4, (15, 2, FIRST_TOKENS, 8))
+    ] * 2
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("sinks", [False, True])
+@pytest.mark.parametrize("kind", ["none", "bool", "additive"])
+def test_decode_attention(dtype, softcap, sinks, kind):
+    """Beside a softmax in fp64 over each sample's keys side by side; at most twice the error of the same in `dtype`."""
+    prompts, repeats, heads, key_heads, length, own, size = 2, 3, 6, 2, 37, 5, 16
+    generator = torch.Generator().manual_seed(3)
+    draw = lambda *shape: (2 * torch.randn(*shape, generator=generator)).to(dtype)  # noqa: E731
+    keys = decode_attention.DecodeKeys(
+        draw(prompts, key_heads, length, size), draw(prompts, key_heads, length, size),
+        draw(prompts * repeats, key_heads, 2 * own, size)[:, :, :own], draw(prompts * repeats, key_heads, own, size),
+    )  # fmt: skip
+    query, sink = draw(prompts * repeats, heads, 1, size), draw(heads) if sinks else None
+    seen = torch.rand(prompts * repeats, 1, 1, length + own, generator=generator) > 0.3
+    seen[..., -1] = True
+    additive = torch.zeros(seen.shape, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+    mask = {"none": None, "bool": seen, "additive": additive}[kind]
+
+    def eager(wide):
+        key, value = (
+            torch.cat([shared.repeat_interleave(repeats, 0), mine], 2).repeat_interleave(heads // key_heads, 1).to(wide)
+            for shared, mine in ((keys.shared_key, keys.own_key), (keys.shared_value, keys.own_value))
+        )
+        scores = query.to(wide) @ key.transpose(-1, -2) * 0.3
+        if softcap is not None:
+            scores = softcap * torch.tanh(scores / softcap)
+        if mask is not None:
+            scores = scores.masked_fill(~seen, -torch.inf)
+        if sink is not None:
+            scores = torch.cat([scores, sink.to(wide)[None, :, None, None].expand(len(scores), -1, 1, 1)], -1)
+        weights = scores.softmax(-1)[..., : length + own]
+        return (weights @ value).transpose(1, 2).double()
+
+    exact = eager(torch.float64)
+    found = decode_attention.decode_attention(query, keys, mask, scale=0.3, softcap=softcap, sinks=sink)
+    assert found.dtype == dtype and found.shape == exact.shape == (6, 1, heads, size)
+    assert (found.double() - exact).abs().max() <= 2 * (eager(dtype) - exact).abs().max()
+
+
+def test_a_layer_that_attends_elsewhere_is_found_out():
+    key = torch.randn(1, 2, 3, 4)
+    unread: set[int] = set()
+    first, second = DecodeLayer(key, key, unread), DecodeLayer(key, key, unread)
+    own, _ = first.update(key[:, :, :1], key[:, :, :1])
+    assert decode_attention.read_keys(own * 1.0) is None
+    with pytest.raises(RuntimeError, match="did not attend through the function of enable_shared_prefix"):
+        second.update(key[:, :, :1], key[:, :, :1])
+    assert torch.equal(decode_attention.read_keys(own).own_key, key[:, :, :1])
+    second.update(key[:, :, :1], key[:, :, :1])
+    assert (second.get_seq_length(), second.get_mask_sizes(1), second.get_max_length()) == (4, (5, 0), -1)
+    with pytest.raises(NotImplementedError, match="must not reorder, crop or offload"):
+        second.crop(-1)
+
+
+def test_two_tokens_at_once_are_refused():
+    model = prefix_models.tiny("llama")
+    enable_shared_prefix(model)
+    ids, mask = rollouts._left_padded(PROMPTS[:1], 0, torch.device("cpu"))
+    with torch.no_grad():
+        inputs = shared_prefill.prefilled_inputs(model, ids, mask, 2)
+        name = next(name for name, value in inputs.items() if hasattr(value, "layers"))
+        with pytest.raises(ValueError, match="decoding takes one token of each sample at a time, got 2"):
+            model(input_ids=ids[:, -2:].repeat(2, 1), **{name: inputs[name]})
+
+
+def test_an_adapter_on_an_enabled_model(decoded):
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    config = peft.LoraConfig(r=4, lora_alpha=16, target_modules=["q_proj", "v_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(prefix_models.tiny("qwen3"), config).eval()
+    enable_shared_prefix(model)
+    shared = generate_completions(model, PROMPTS, 4, max_completion_length=8)
+    assert decoded and shared == generate_completions(model, PROMPTS, 4, max_completion_length=8, share_prefill=False)
+
+
+@pytest.fixture
+def projected(monkeypatch):
+    """Rows of the compiled products of a head."""
+    rows, real = [], Gemm.project
+
+    def watch(self, hidden, *args):
+        rows.append(len(hidden))
+        return real(self, hidden, *args)
+
+    monkeypatch.setattr(Gemm, "project", watch)
+    return rows
+
+
+@pytest.mark.skipif(_native.cpu_isa() in ("", "portable"), reason="no compiled product that wins")
+def test_the_head_runs_compiled_while_decoding(projected, monkeypatch):
+    model = prefix_models.tiny("gemma2")  # logits with a softcap, tied embeddings
+    options = dict(max_completion_length=7, generation_kwargs={"min_new_tokens": 7})
+    found = generate_completions(model, PROMPTS, 4, **options)
+    assert projected == [12] * 7
+    assert "forward" not in vars(model.lm_head)
+    monkeypatch.setattr(rollouts, "compiled_head", lambda model: contextlib.nullcontext())
+    assert found == generate_completions(model, PROMPTS, 4, **options) and len(projected) == 7
+
+
+@pytest.mark.skipif(_native.cpu_isa() in ("", "portable"), reason="no compiled product that wins")
+def test_logits_of_the_compiled_head():
+    model = torch.nn.Module()
+    head = torch.nn.Linear(576, 1111)
+    model.get_output_embeddings = lambda: head
+    hidden = torch.randn(3, 1, 576)
+    with torch.no_grad():
+        stock = head(hidden)
+        with compiled_head(model):
+            found = head(hidden)
+        exact = hidden.double() @ head.weight.double().T + head.bias.double()
+    assert found.shape == stock.shape and not torch.equal(found, stock)
+    assert (found - exact).norm() <= 2 * (stock - exact).norm()
+
+
+@pytest.mark.parametrize("kind", ["gradients", "autocast", "bf16", "subclass", "hooked", "none"])
+def test_heads_that_stay_as_they_are(kind, projected):
+    class Other(torch.nn.Linear):
+        pass
+
+    head = Other(8, 16) if kind == "subclass" else torch.nn.Linear(8, 16)
+    if kind == "bf16":
+        head.to(torch.bfloat16)
+    if kind == "hooked":
+        head.forward = lambda hidden: hidden.sum()
+    model = torch.nn.Module()
+    model.get_output_embeddings = lambda: None if kind == "none" else head
+    before = dict(vars(head))
+    autocast = torch.autocast("cpu", enabled=kind == "autocast")
+    with torch.set_grad_enabled(kind == "gradients"), autocast, compiled_head(model):
+        head(torch.ones(2, 8, dtype=head.weight.dtype))
+    assert vars(head) == before and not projected

@@ -1,4 +1,5 @@
-"""The attention function that transformers calls: over a prefix tree where a pass carries one, else the stock function.
+"""The attention function that transformers calls: over a prefix tree where a pass carries one, over prompts that stand
+once for their samples where `generate` decodes over a `decode_cache`, else the stock function.
 
 A pass carries its tree as a keyword of the model's forward, which transformers hands down to every attention layer. No
 state outside the call: a checkpointed layer that is recomputed in the backward pass, on another thread, sees the same.
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_kernels._checks import operand_dtype
+from sdft_kernels.models.decode_attention import DecodeKeys, decode_attention, read_keys
 from sdft_kernels.prefix_attention import KeyValue, Layers, PrefixTree, shared_prefix_attention
 
 KEYWORD = "sdft_row"
@@ -136,6 +138,9 @@ def _attention(
 ) -> tuple[Tensor, Tensor | None]:
     """Transformers' attention function: (B, heads, T, D) in, (B, T, Hq, D) out."""
     row = options.pop(KEYWORD, None)
+    decoded = read_keys(key)
+    if decoded is not None:
+        return _over_samples(query, decoded, attention_mask, options), None
     if row is None:
         function, shown = _stock_function(stock, module)
         result: tuple[Tensor, Tensor | None] = function(shown, query, key, value, attention_mask, *args, **options)
@@ -166,6 +171,16 @@ def _over_trees(
     row.seen.add(layer)
     output: Tensor = outputs[0] if len(outputs) == 1 else torch.cat(outputs)
     return output[None].contiguous()  # (1, T, Hq, D)
+
+
+def _over_samples(query: Tensor, keys: DecodeKeys, mask: Tensor | None, options: dict[str, Any]) -> Tensor:
+    if query.shape[2] != 1 or (mask is not None and mask.ndim != 4):
+        raise ValueError(f"decoding takes one token of each sample at a time, got {query.shape[2]}")
+    scale = options.get("scaling")
+    return decode_attention(
+        query, keys, mask, scale=query.shape[-1] ** -0.5 if scale is None else scale,
+        softcap=options.get("softcap"), sinks=options.get("s_aux"),
+    )  # fmt: skip
 
 
 def _refuse(

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from sdft_kernels.models.attention_hook import is_hooked, stock_implementation
 from sdft_kernels.models.head import refuse_prompt_learning
 from sdft_kernels.models.hidden import backbone, unwrap_peft
 from sdft_kernels.models.prefix_support import check_positions, stateful_layers
@@ -53,7 +54,10 @@ def prefill_obstacle(model: Any, tokens: int, arguments: Mapping[str, Any]) -> s
 
 
 def prefilled_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, repeats: int) -> dict[str, Any]:
-    """Run every prompt, but for its last token, through the layers once, and repeat its keys and values.
+    """Run every prompt, but for its last token, through the layers once, for all its samples.
+
+    A model that `enable_shared_prefix` enabled keeps those keys and values once (`decode_cache`): stock attention wants
+    them once for each sample, and transformers' cache copies them all for every new token.
 
     Args:
         model: in eval mode, without a `prefill_obstacle`.
@@ -66,7 +70,10 @@ def prefilled_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, repe
     """
     from transformers import DynamicCache
 
-    cache = DynamicCache(config=unwrap_peft(model).config)
+    base = unwrap_peft(model)
+    once = _decodes(base)
+    # Without a configuration no layer drops what its window does not reach.
+    cache: Any = DynamicCache() if once else DynamicCache(config=base.config)
     layers = backbone(model)
     name = _cache_name(layers)
     # As `generate` numbers them; padding has some position that no one sees.
@@ -78,9 +85,20 @@ def prefilled_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, repe
         use_cache=True,
         **{name: cache},
     )
-    cache.batch_repeat_interleave(repeats)
+    if once:
+        from sdft_kernels.models.decode_cache import decode_cache
+
+        cache = decode_cache(cache)
+    else:
+        cache.batch_repeat_interleave(repeats)
     ids, mask = (tensor.repeat_interleave(repeats, dim=0) for tensor in (input_ids, attention_mask))
     return {"input_ids": ids, "attention_mask": mask, name: cache}
+
+
+def _decodes(base: Any) -> bool:
+    """Whether the attention of this model reads a `decode_cache`: its masks say by key what is seen."""
+    implementation = base.config._attn_implementation
+    return is_hooked(implementation) and stock_implementation(implementation) in ("sdpa", "eager")
 
 
 def _cache_name(layers: nn.Module) -> str:
