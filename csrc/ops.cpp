@@ -13,7 +13,7 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
       "Tensor? old_logprob, float importance_clip, float inner_s, float outer_s, float inner_t, float outer_t, "
       "float slope, float? alpha, Tensor(b!)? tokens, Tensor(c!)? loss, Tensor(d!)? state, Tensor(e!)? partial, "
       "Tensor(f!)? sums, Tensor(g!)? gradient, int stream) -> ()");
-  m.def("logits_gemm(Tensor hidden, Tensor weight, Tensor(a!) out) -> ()");
+  m.def("logits_gemm(Tensor hidden, Tensor weight, Tensor(a!) out, bool few=False) -> ()");
   m.def("weight_grad_gemm(Tensor grad, Tensor hidden, Tensor(a!) total) -> ()");
   m.def("cpu_isa() -> str");
   m.def("peak_flops(str dtype) -> float");

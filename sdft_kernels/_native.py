@@ -88,7 +88,7 @@ def cpu_isa() -> str:
     return name
 
 
-def logits_gemm(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -> None:
+def logits_gemm(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor, *, few: bool = False) -> None:
     """``out = hidden @ weight.T`` on CPU, with fp32 sums; bf16 operands are multiplied exactly.
 
     A token's logits are the same bits whatever the other tokens and the number of threads. Where `cpu_isa()` is
@@ -98,6 +98,8 @@ def logits_gemm(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -
         hidden: (n, H), fp32 or bf16.
         weight: (V, H), `hidden`'s dtype.
         out: (n, V), fp32. Overwritten.
+        few: for up to some 16 tokens, where packing the weight would take longer than reading it. Sums in another
+            order, so other bits.
 
     Rows may be any distance apart, columns must be adjacent. `has_native()` must have been asked: it loads the library.
     Nothing is differentiable.
@@ -105,7 +107,7 @@ def logits_gemm(hidden: torch.Tensor, weight: torch.Tensor, out: torch.Tensor) -
     Raises:
         RuntimeError: shapes, dtypes or strides do not fit.
     """
-    torch.ops.sdft_kernels.logits_gemm(hidden, weight, out)
+    torch.ops.sdft_kernels.logits_gemm(hidden, weight, out, few)
     torch.autograd.graph.increment_version(out)
 
 

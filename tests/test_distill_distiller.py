@@ -1,6 +1,8 @@
 """`SelfDistiller` against TRL's SDFT loss and against a plain full-logits computation; edges and options."""
 
 import copy
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -212,3 +214,44 @@ def test_bad_options_and_lengths():
         distiller(DistillBatch([[1], [2] * 95], [[1], [3]], [[[1]], [[1, 2]]]))
     with pytest.raises(ValueError, match=r"example 0, completion 0: the teacher prompt has 19 tokens.*context of 20"):
         distiller(DistillBatch([[1]], [[1] * 19], [[[1, 2]]]))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_freed_memory_goes_back_to_the_system():
+    """In a process of its own: blocks freed between live ones, which glibc keeps."""
+    program = """
+import os, torch
+from sdft_kernels.distill import memory
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+warm = torch.ones(2**23 - 2**12)  # nearly 32 MiB: freed, it makes glibc keep blocks of that size
+del warm
+blocks = [torch.ones(2**18) for _ in range(200)]  # of 1 MiB
+live = blocks[::2]
+del blocks
+before = resident()
+memory.give_back_freed_memory(torch.device("cuda"))
+unchanged = resident()
+memory.give_back_freed_memory(torch.device("cpu"))
+print(memory._malloc_trim() is not None, before - unchanged, before - resident())
+assert all(bool((block == 1).all()) for block in live)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    available, kept, returned = done.stdout.split()
+    if available == "False":
+        pytest.skip("no glibc")
+    assert int(kept) < 8 * 2**20 and int(returned) > 80 * 2**20
+
+
+def test_every_training_forward_gives_freed_memory_back(monkeypatch):
+    from sdft_kernels.distill import distiller as module
+
+    devices = []
+    monkeypatch.setattr(module, "give_back_freed_memory", devices.append)
+    distill = SelfDistiller(tiny.model(), "frozen")
+    distill(tiny.batch())
+    with torch.no_grad():
+        distill(tiny.batch())
+    assert devices == [torch.device("cpu")]

@@ -33,6 +33,15 @@ VOCABULARIES = (1, 15, 47, 48, 49, 63, 64, 65, 200, 300)
 TOLERANCE = 1e-6
 
 
+@pytest.fixture(params=[False, True], ids=["packed", "few"])
+def each_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both kernels of the logits product, on any number of tokens."""
+    monkeypatch.setattr(_native, "logits_gemm", partial(_native.logits_gemm, few=request.param))
+
+
+both_ways = pytest.mark.usefixtures("each_way")
+
+
 def spaced(rows: int, columns: int, dtype: torch.dtype, gap: int = 3) -> torch.Tensor:
     """Random numbers whose rows are `gap` NaNs apart: nobody may read between them."""
     whole = torch.full((rows, columns + gap), torch.nan, dtype=dtype)
@@ -58,6 +67,7 @@ def assert_exact_to(out: torch.Tensor, left: torch.Tensor, right: torch.Tensor, 
     assert worst <= 0, (out.shape, left.shape[1], worst)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", SIZES)
 def test_logits_of_ragged_shapes(dtype: torch.dtype, size: int) -> None:
@@ -74,6 +84,7 @@ def test_negative_control_the_bar_sees_one_missing_product() -> None:
         assert_exact_to(logits(hidden[:, :-1], weight[:, :-1]), hidden, weight)
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [511, 512, 513, 1024, 1025, 4096])
 def test_long_sums(dtype: torch.dtype, size: int) -> None:
@@ -82,6 +93,7 @@ def test_long_sums(dtype: torch.dtype, size: int) -> None:
     assert_exact_to(logits(hidden, weight), hidden, weight)
 
 
+@both_ways
 def test_bf16_products_are_exact() -> None:
     """255 * 255 needs 16 bits and 64 such products 22: fp32 holds both, so that any sum in it gives the same bits."""
     hidden, weight = (torch.randint(-255, 256, (n, 64)).to(BF16) for n in (13, 200))
@@ -90,6 +102,7 @@ def test_bf16_products_are_exact() -> None:
     assert not torch.equal((hidden @ weight.t()).double(), exact), "control: the library's product rounds to bf16"
 
 
+@both_ways
 def test_an_infinite_bf16_survives_its_pair() -> None:
     """Two bf16 read as one fp32 may be a signalling NaN, which a careless move would quiet: inf to NaN."""
     hidden, weight = torch.zeros(3, 2, dtype=BF16), torch.ones(5, 2, dtype=BF16)
@@ -98,6 +111,7 @@ def test_an_infinite_bf16_survives_its_pair() -> None:
     assert torch.equal(logits(weight, hidden)[:, 1], torch.full((5,), torch.inf))
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", (17, 64))
 def test_nan_and_inf_stay_in_their_row_and_column(dtype: torch.dtype, size: int) -> None:
@@ -112,6 +126,7 @@ def test_nan_and_inf_stay_in_their_row_and_column(dtype: torch.dtype, size: int)
         assert torch.equal(out[token, rest], clean[token, rest])
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", (65, 1100))
 def test_a_logit_does_not_depend_on_its_neighbours(dtype: torch.dtype, size: int) -> None:
@@ -123,6 +138,7 @@ def test_a_logit_does_not_depend_on_its_neighbours(dtype: torch.dtype, size: int
         assert torch.equal(logits(hidden, weight[begin:end]), whole[:, begin:end])
 
 
+@both_ways
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_logits_do_not_depend_on_threads(dtype: torch.dtype) -> None:
     hidden, weight = torch.randn(64, 576).to(dtype), torch.randn(1003, 576).to(dtype)

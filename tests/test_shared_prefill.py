@@ -12,12 +12,11 @@ pytest.importorskip("transformers")
 import prefix_models  # noqa: E402
 
 from sdft_kernels import _native  # noqa: E402
-from sdft_kernels._gemm import Gemm  # noqa: E402
 from sdft_kernels.distill import rollouts  # noqa: E402
 from sdft_kernels.distill.rollouts import generate_completions  # noqa: E402
 from sdft_kernels.models import attention_hook, decode_attention, shared_prefill  # noqa: E402
 from sdft_kernels.models.decode_cache import FIRST_TOKENS, DecodeLayer  # noqa: E402
-from sdft_kernels.models.decode_head import compiled_head  # noqa: E402
+from sdft_kernels.models.decode_linear import compiled_linears  # noqa: E402
 from sdft_kernels.models.shared_prefix import disable_shared_prefix, enable_shared_prefix  # noqa: E402
 
 PROMPTS = [[5, 9, 2, 7, 31, 4, 8, 15, 16, 23, 42], [3], [11, 7, 5, 3, 2, 60, 1, 44]]
@@ -366,45 +365,54 @@ def test_an_adapter_on_an_enabled_model(decoded):
 
 @pytest.fixture
 def projected(monkeypatch):
-    """Rows of the compiled products of a head."""
-    rows, real = [], Gemm.project
+    """(rows, outputs) of the compiled products."""
+    shapes, real = [], _native.logits_gemm
 
-    def watch(self, hidden, *args):
-        rows.append(len(hidden))
-        return real(self, hidden, *args)
+    def watch(hidden, weight, out, **options):
+        shapes.append(tuple(out.shape))
+        return real(hidden, weight, out, **options)
 
-    monkeypatch.setattr(Gemm, "project", watch)
-    return rows
+    monkeypatch.setattr(_native, "logits_gemm", watch)
+    return shapes
 
 
 @pytest.mark.skipif(_native.cpu_isa() in ("", "portable"), reason="no compiled product that wins")
-def test_the_head_runs_compiled_while_decoding(projected, monkeypatch):
-    model = prefix_models.tiny("gemma2")  # logits with a softcap, tied embeddings
+@pytest.mark.parametrize("family", prefix_models.FAMILIES)
+def test_linear_layers_run_compiled_while_decoding(family, projected, monkeypatch):
+    model = prefix_models.tiny(family)
+    linears = sum(type(module) is torch.nn.Linear for module in model.modules())
     options = dict(max_completion_length=7, generation_kwargs={"min_new_tokens": 7})
     found = generate_completions(model, PROMPTS, 4, **options)
-    assert projected == [12] * 7
-    assert "forward" not in vars(model.lm_head)
-    monkeypatch.setattr(rollouts, "compiled_head", lambda model: contextlib.nullcontext())
-    assert found == generate_completions(model, PROMPTS, 4, **options) and len(projected) == 7
+    # The prefill has 30 rows: it stays with the library.
+    assert len(projected) == 7 * linears and projected.count((12, model.config.vocab_size)) == 7
+    assert not any("forward" in vars(module) for module in model.modules())
+    monkeypatch.setattr(rollouts, "compiled_linears", lambda model: contextlib.nullcontext())
+    assert found == generate_completions(model, PROMPTS, 4, **options) and len(projected) == 7 * linears
 
 
 @pytest.mark.skipif(_native.cpu_isa() in ("", "portable"), reason="no compiled product that wins")
-def test_logits_of_the_compiled_head():
-    model = torch.nn.Module()
-    head = torch.nn.Linear(576, 1111)
-    model.get_output_embeddings = lambda: head
-    hidden = torch.randn(3, 1, 576)
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_compiled_linear_layer(bias, projected):
+    layer = torch.nn.Linear(576, 1111, bias=bias)
+    hidden = torch.randn(1, 3, 577)[..., :576].transpose(0, 1)
     with torch.no_grad():
-        stock = head(hidden)
-        with compiled_head(model):
-            found = head(hidden)
-        exact = hidden.double() @ head.weight.double().T + head.bias.double()
+        stock = layer(hidden)
+        with compiled_linears(layer):
+            found = layer(hidden)
+            assert torch.equal(
+                layer(torch.ones(17, 576)), torch.nn.functional.linear(torch.ones(17, 576), *layer.parameters())
+            )
+            assert layer(torch.ones(0, 576)).shape == (0, 1111)
+            with pytest.raises(RuntimeError, match="shapes cannot be multiplied|size mismatch"):
+                layer(torch.ones(40, 5))
+        exact = hidden.double() @ layer.weight.double().T + (layer.bias.double() if bias else 0.0)
+    assert projected == [(3, 1111)]
     assert found.shape == stock.shape and not torch.equal(found, stock)
     assert (found - exact).norm() <= 2 * (stock - exact).norm()
 
 
-@pytest.mark.parametrize("kind", ["gradients", "autocast", "bf16", "subclass", "hooked", "none"])
-def test_heads_that_stay_as_they_are(kind, projected):
+@pytest.mark.parametrize("kind", ["gradients", "autocast", "bf16", "subclass", "hooked"])
+def test_layers_that_stay_as_they_are(kind, projected):
     class Other(torch.nn.Linear):
         pass
 
@@ -413,10 +421,8 @@ def test_heads_that_stay_as_they_are(kind, projected):
         head.to(torch.bfloat16)
     if kind == "hooked":
         head.forward = lambda hidden: hidden.sum()
-    model = torch.nn.Module()
-    model.get_output_embeddings = lambda: None if kind == "none" else head
     before = dict(vars(head))
     autocast = torch.autocast("cpu", enabled=kind == "autocast")
-    with torch.set_grad_enabled(kind == "gradients"), autocast, compiled_head(model):
+    with torch.set_grad_enabled(kind == "gradients"), autocast, compiled_linears(head):
         head(torch.ones(2, 8, dtype=head.weight.dtype))
     assert vars(head) == before and not projected

@@ -42,7 +42,7 @@ void check_inputs(const Tensor& hidden, const Tensor& weight, const Tensor& out)
   STD_TORCH_CHECK(out.size(0) <= 1 || out.stride(0) >= out.size(1), "logits_gemm: rows of out overlap");
 }
 
-void logits_gemm_cpu(const Tensor& hidden, const Tensor& weight, Tensor out) {
+void logits_gemm_cpu(const Tensor& hidden, const Tensor& weight, Tensor out, bool few) {
   check_inputs(hidden, weight, out);
   const bool bf16 = hidden.scalar_type() == ScalarType::BFloat16;
   const LogitsGemm gemm{hidden.const_data_ptr(),
@@ -55,12 +55,14 @@ void logits_gemm_cpu(const Tensor& hidden, const Tensor& weight, Tensor out) {
                         weight.stride(0),
                         out.stride(0),
                         bf16,
-                        bf16 && isa() == Isa::avx512_bf16};
+                        bf16 && isa() == Isa::avx512_bf16,
+                        few};
   const int64_t units = (gemm.vocabulary + COLUMN_UNIT - 1) / COLUMN_UNIT;
-  const int64_t unit_work = std::max<int64_t>(1, gemm.tokens * gemm.size * COLUMN_UNIT);
+  // Reading the weight takes the time of 8 tokens' arithmetic.
+  const int64_t unit_work = std::max<int64_t>(1, std::max<int64_t>(8, gemm.tokens) * gemm.size * COLUMN_UNIT);
   const int64_t grain = std::max<int64_t>(1, GRAIN_MULTIPLY_ADDS / unit_work);
   torch::stable::parallel_for(0, units, grain, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(logits_scratch_floats(gemm.words()));
+    const Scratch scratch(few ? 1 : logits_scratch_floats(gemm.words()));
     SDFT_DISPATCH(logits_gemm, gemm, begin * COLUMN_UNIT, std::min(end * COLUMN_UNIT, gemm.vocabulary), scratch.data());
   });
 }

@@ -15,6 +15,7 @@ struct LogitsGemm {
   int64_t hidden_stride, weight_stride, out_stride;
   bool bf16;   // hidden and weight, else fp32
   bool pairs;  // multiply bf16 by VDPBF16PS; only where isa() is avx512_bf16
+  bool few;    // tokens: read the weight as it lies, do not pack it
 
   // Of a sum, as the tiles see it.
   int64_t words() const { return pairs ? (size + 1) / 2 : size; }

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_kernels.distill.batch import DistillBatch, FlatBatch, TokenIds
+from sdft_kernels.distill.memory import give_back_freed_memory
 from sdft_kernels.distill.metrics import token_metrics
 from sdft_kernels.distill.passes import Passes
 from sdft_kernels.distill.teacher import EMATeacher, ModelTeacher, Teacher, make_teacher
@@ -172,6 +173,8 @@ class SelfDistiller:
             loss = loss + self._zero_with_graph()
         metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
         metrics |= self.passes.take_metrics(mask.device)
+        if torch.is_grad_enabled():
+            give_back_freed_memory(device)
         return DistillOutput(loss, metrics, tokens)
 
     def state_dict(self) -> dict[str, Tensor]:

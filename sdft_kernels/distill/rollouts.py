@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from sdft_kernels.models.decode_head import compiled_head
+from sdft_kernels.models.decode_linear import compiled_linears
 from sdft_kernels.models.hidden import evaluation_mode
 from sdft_kernels.models.shared_prefill import prefill_obstacle, prefilled_inputs
 
@@ -82,7 +82,7 @@ def generate_completions(
         arguments |= dict(temperature=temperature, top_k=0, top_p=1.0)
     arguments |= generation_kwargs or {}
     results: Completions = [[] for _ in prompts]
-    with evaluation_mode(model), _seeded(seed, device), compiled_head(model):
+    with evaluation_mode(model), _seeded(seed, device), compiled_linears(model):
         for start in range(0, len(order), step):
             rows = order[start : start + step]
             input_ids, attention_mask = _left_padded([prompts[i] for i in rows], arguments["pad_token_id"], device)
