@@ -1,6 +1,7 @@
 """``python -m benchmarks.logits_gemm``: the compiled CPU products beside the library's, in pairs, and beside the peak.
 
 `logits`: fp32 logits from fp32 or bf16 operands; the library's product of bf16 rounds its results to bf16.
+`few_logits`: the same without packing the weight, as linear layers run while rollouts are sampled.
 `weight_grad`: dW from bf16 operands, in fp32 sums; the library's adds to a bf16 total. The peak is that of one core
 multiplying and adding in registers (`_native.peak_flops`), measured beside each shape.
 """
@@ -31,6 +32,7 @@ from sdft_kernels.testing import relative_error
 
 # N, H, V: a short chunk and a usual one of SmolLM2's head, Gemma 3's, Llama 2's at 1B, and one that is long in H.
 SHAPES = ((16, 576, 49152), (256, 576, 49152), (128, 640, 262144), (256, 2048, 32768), (256, 4096, 16384))
+FEW_SHAPES = ((1, 576, 49152), (8, 576, 49152), (16, 576, 49152))
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 CHECKED_ROWS = 512  # of the vocabulary, whose errors are measured
 
@@ -83,7 +85,7 @@ def _operands(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, 
     return state, (torch.randn(vocabulary, hidden, generator=g) / hidden**0.5).to(dtype)
 
 
-def logits(shape: tuple[int, int, int], dtype: torch.dtype) -> Pair:
+def logits(shape: tuple[int, int, int], dtype: torch.dtype, few: bool = False) -> Pair:
     state, weight = _operands(shape, dtype)
     out = torch.empty(shape[0], shape[2])
     library = torch.empty(shape[0], shape[2], dtype=dtype)
@@ -94,8 +96,14 @@ def logits(shape: tuple[int, int, int], dtype: torch.dtype) -> Pair:
         return ours, theirs
 
     return Pair(
-        lambda: _native.logits_gemm(state, weight, out), lambda: torch.mm(state, weight.t(), out=library), errors
+        lambda: _native.logits_gemm(state, weight, out, few=few),
+        lambda: torch.mm(state, weight.t(), out=library),
+        errors,
     )
+
+
+def few_logits(shape: tuple[int, int, int], dtype: torch.dtype) -> Pair:
+    return logits(shape, dtype, few=True)
 
 
 def weight_grad(shape: tuple[int, int, int], dtype: torch.dtype) -> Pair:
@@ -129,7 +137,8 @@ def measure_one(
 ) -> Row:
     """One warm-up of each, then `repeats` interleaved pairs."""
     torch.set_num_threads(threads)
-    pair = (logits if product == "logits" else weight_grad)(shape, DTYPES[dtype])
+    make = {"logits": logits, "few_logits": few_logits, "weight_grad": weight_grad}[product]
+    pair = make(shape, DTYPES[dtype])
     pair.ours(), pair.library()
     times = [(_milliseconds(pair.ours), _milliseconds(pair.library)) for _ in range(repeats)]
     ours, library = ([t[i] for t in times] for i in (0, 1))
@@ -163,7 +172,9 @@ def cases(threads: Sequence[int]) -> list[tuple[str, str, tuple[int, int, int], 
     products = [("logits", "fp32"), ("logits", "bf16")]
     if _native.cpu_isa() == "avx512_bf16":
         products.append(("weight_grad", "bf16"))
-    return [(product, dtype, shape, n) for product, dtype in products for shape in SHAPES for n in threads]
+    shaped = [(*product, shape) for product in products for shape in SHAPES]
+    shaped += [("few_logits", "fp32", shape) for shape in FEW_SHAPES]
+    return [(*case, n) for case in shaped for n in threads]
 
 
 def write_table(path: Path, rows: Sequence[Row]) -> None:

@@ -15,8 +15,10 @@ STAMP = {"device": "d", "torch_version": torch.__version__, "version": "0", "com
 
 def test_rows_and_table(tmp_path, monkeypatch):
     monkeypatch.setattr(logits_gemm, "SHAPES", ((3, 40, 1500),))
+    monkeypatch.setattr(logits_gemm, "FEW_SHAPES", ((3, 40, 1500),))
     cases = logits_gemm.cases([1])
     assert ("weight_grad" in {case[0] for case in cases}) == (_native.cpu_isa() == "avx512_bf16")
+    assert "few_logits" in {case[0] for case in cases}
     rows = [logits_gemm.measure_one(*case, repeats=3, stamp=STAMP) for case in cases]
     for row in rows:
         assert 0 < row.ours_share_of_peak < 1

@@ -105,3 +105,32 @@ def test_demo_table_is_the_median_of_the_committed_runs():
     assert f"({', '.join(str(run['heldout']['after']['exact']) for run in runs)})" in rows[0][2]
     assert f"{runs[0]['seconds']['total']:.0f} s and {runs[0]['peak_memory_gib']:.1f} GiB peak" in TEXT
     assert runs[0]["seconds"]["total"] < 480  # the bar
+
+
+def test_table_of_shared_prompts_is_the_committed_data():
+    from benchmarks.step_table import DATA, markdown, read_table
+
+    table = read_table(DATA)
+    assert {prompt: sorted(row) for prompt, row in table.items()} == {p: [1, 2, 4, 8, 16] for p in (128, 512, 2048)}
+    assert "\n".join(markdown(table)) in TEXT
+    for prompt, row in table.items():
+        for completions, cell in row.items():
+            if prompt >= 512 and completions >= 4:  # the bar
+                assert cell.measured >= 0.85 * cell.predicted, (prompt, completions)
+
+
+def test_step_beside_trl_is_the_committed_data():
+    with (ROOT / "benchmarks" / "data" / "step_trl.csv").open(newline="", encoding="utf-8") as file:
+        data = {(row["trainer"], row["activation_checkpointing"]): row for row in csv.DictReader(file)}
+    _, rows = rows_after("### A whole step")
+    shown = {}
+    for name, checkpointing, seconds, memory in rows:
+        trainer = {"TRL": "trl", "this": "sdft"}[name.split()[0].strip("*")]
+        row = data[trainer, checkpointing]
+        shown[trainer, checkpointing] = row
+        ratio = 1 / float(row["step_over_trl"])
+        assert seconds == f"{float(row['step_s']):.1f} s" + (f", {ratio:.1f}×" if row["step_over_trl"] != "1.0" else "")
+        share = f" ({float(row['peak_over_trl']):.2f})" if row["peak_over_trl"] != "1.0" else ""
+        assert memory == f"{int(row['peak_mib']):,} MiB{share}"
+        assert float(row["loss_difference"]) <= 1e-4  # the bar
+    assert shown == data

@@ -267,6 +267,10 @@ def test_other_models_repeat_the_cache(decoded, monkeypatch):
     monkeypatch.setattr(shared_prefill, "stock_implementation", lambda name: "flash_attention_2")
     assert generate_completions(model, PROMPTS, 4, max_completion_length=6) == once and not decoded
     monkeypatch.undo()
+    model.model.layers[0].compile(backend="eager")
+    assert not shared_prefill._decodes(model)
+    model.model.layers[0]._compiled_call_impl = None
+    assert shared_prefill._decodes(model)
     disable_shared_prefix(model)
     assert generate_completions(model, PROMPTS, 4, max_completion_length=6) == once and not decoded
 
@@ -411,7 +415,7 @@ def test_a_compiled_linear_layer(bias, projected):
     assert (found - exact).norm() <= 2 * (stock - exact).norm()
 
 
-@pytest.mark.parametrize("kind", ["gradients", "autocast", "bf16", "subclass", "hooked"])
+@pytest.mark.parametrize("kind", ["gradients", "autocast", "bf16", "subclass", "hooked", "compiled"])
 def test_layers_that_stay_as_they_are(kind, projected):
     class Other(torch.nn.Linear):
         pass
@@ -421,6 +425,8 @@ def test_layers_that_stay_as_they_are(kind, projected):
         head.to(torch.bfloat16)
     if kind == "hooked":
         head.forward = lambda hidden: hidden.sum()
+    if kind == "compiled":
+        head.compile(backend="eager")
     before = dict(vars(head))
     autocast = torch.autocast("cpu", enabled=kind == "autocast")
     with torch.set_grad_enabled(kind == "gradients"), autocast, compiled_linears(head):

@@ -62,17 +62,13 @@ class DecodeLayer(CacheLayerMixin):
         """Tokens of a sample, its prompt's included."""
         return self.shared[0].shape[2] + self.tokens
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         """Keys that the mask stands for, and the first one's number."""
-        # transformers before 5.20 hands over the positions in place of their number.
-        count = query_length.shape[0] if isinstance(query_length, Tensor) else query_length
-        return self.get_seq_length() + count, 0
+        return self.get_seq_length() + query_length, 0
 
     def get_max_length(self) -> int:
         """-1: no limit."""
         return -1
-
-    get_max_cache_shape = get_max_length
 
     def lazy_initialization(self, *_: Any, **__: Any) -> None:
         """Nothing: a layer begins with its prompts."""

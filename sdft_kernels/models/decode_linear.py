@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from sdft_kernels import _native
 from sdft_kernels._gemm import Gemm
+from sdft_kernels.models.hidden import is_compiled
 
 # At 16 rows, what is timed below takes the library 52 to 64 ms and the compiled product 32; at 64 rows, 107 and 121.
 FEW_ROWS = 16
@@ -21,12 +22,14 @@ def compiled_linears(model: nn.Module) -> Iterator[None]:
     """Inside, fp32 linear layers on CPU multiply few rows by the compiled product, where that is the faster one.
 
     Decoding reads every weight for a few rows. The 210 layers of SmolLM2-135M (424 MB), one after the other, take the
-    library 42 to 68 ms at 8 rows and the compiled product 20 to 25; the head, 17 and 7 (2 threads, Zen 4 with AVX-512).
+    library 42 to 68 ms at 8 rows and the compiled product 20 to 25 (by hand; 2 threads, Zen 4 with AVX-512); for the
+    head see `benchmarks/data/logits_gemm_cpu.csv`.
 
     Args:
-        model: layers that are adapted, hooked or subclassed stay as they are.
+        model: layers that are adapted, hooked or subclassed stay as they are, and so does a model that is compiled.
     """
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or not _native.has_native():
+    elsewhere = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or is_compiled(model)
+    if elsewhere or not _native.has_native():
         yield
         return
     gemm = Gemm(torch.float32, torch.float32, native=True)

@@ -14,6 +14,14 @@ from torch import Tensor, nn
 TOKEN_BUDGET = 8192
 
 
+def is_compiled(model: nn.Module) -> bool:
+    """Whether `torch.compile` or `Module.compile` wraps the model or a module in it."""
+    return any(
+        hasattr(module, "_orig_mod") or getattr(module, "_compiled_call_impl", None) is not None
+        for module in model.modules()
+    )
+
+
 def unwrap_peft(model: Any) -> Any:
     """The transformers model inside a PEFT model; `model` itself if it is none."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from sdft_kernels.models.attention_hook import is_hooked, stock_implementation
 from sdft_kernels.models.head import refuse_prompt_learning
-from sdft_kernels.models.hidden import backbone, unwrap_peft
+from sdft_kernels.models.hidden import backbone, is_compiled, unwrap_peft
 from sdft_kernels.models.prefix_support import check_positions, stateful_layers
 
 # Arguments of `generate`, beside those of its configuration, that do not touch the prompt or the cache.
@@ -98,7 +98,9 @@ def prefilled_inputs(model: Any, input_ids: Tensor, attention_mask: Tensor, repe
 def _decodes(base: Any) -> bool:
     """Whether the attention of this model reads a `decode_cache`: its masks say by key what is seen."""
     implementation = base.config._attn_implementation
-    return is_hooked(implementation) and stock_implementation(implementation) in ("sdpa", "eager")
+    if not is_hooked(implementation) or stock_implementation(implementation) not in ("sdpa", "eager"):
+        return False
+    return not is_compiled(base)  # which would trace through the cache
 
 
 def _cache_name(layers: nn.Module) -> str:
