@@ -6,7 +6,7 @@ import distill_tiny as tiny
 import pytest
 import torch
 
-from sdft_kernels.distill import DistillBatch, SDFTConfig, SDFTTrainer, SelfDistiller
+from sdft_kernels.distill import DistillBatch, SDFTConfig, SDFTTrainer, SelfDistiller, rollouts
 from sdft_kernels.prefix_attention import PrefixCache
 from sdft_kernels.testing import relative_error
 
@@ -176,7 +176,10 @@ def test_lora_shares_and_caches_its_base():
 
 
 @pytest.mark.parametrize("share", (None, False))
-def test_the_trainer_logs_what_it_saved(share, tmp_path):
+def test_the_trainer_logs_what_it_saved(share, tmp_path, monkeypatch):
+    prefilled = []
+    real = rollouts.prefilled_inputs
+    monkeypatch.setattr(rollouts, "prefilled_inputs", lambda *args: prefilled.append(args) or real(*args))
     args = SDFTConfig(
         output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, num_generations=3, report_to=[],
         max_completion_length=4, save_strategy="no", use_cpu=True, share_prefix=share, teacher_model_kind="base",
@@ -186,6 +189,7 @@ def test_the_trainer_logs_what_it_saved(share, tmp_path):
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert len(logs) == 2 and all(entry["tokens_computed"] > 0 for entry in logs)
+    assert len(prefilled) == (0 if share is False else 2)
     if share is False:
         assert all(entry["tokens_saved"] == 0 and "prefix_cache_hits" not in entry for entry in logs)
     else:

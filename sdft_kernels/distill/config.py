@@ -68,7 +68,9 @@ class SDFTConfig(TrainingArguments):
     loss_memory_budget: int | None = _option(None, "Bytes the fused loss may use; None: the op's default.")
     forward_token_budget: int = _option(8192, "Padded tokens per forward pass of the backbone.")
     share_prefix: bool | None = _option(
-        None, "Compute what completions have in common once. None: where the model allows it; true: or raise."
+        None,
+        "Compute what completions have in common once, also while they are sampled. None: where the model allows it; "
+        "true: or raise; false: separately.",
     )
     prefix_cache_bytes: int | None = _option(
         None, "Of the teacher prompts' keys and values, kept over epochs. None: 1 GiB for a frozen teacher, else 0."

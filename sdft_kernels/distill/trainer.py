@@ -187,6 +187,7 @@ class SDFTTrainer(Trainer):
             seed=seed,
             batch_size=args.generation_batch_size,
             generation_kwargs={"top_p": args.top_p, "top_k": args.top_k, **(args.generation_kwargs or {})},
+            share_prefill=args.share_prefix is not False,
         )
 
     def _seed(self, step: int, evaluation: bool = False) -> int:
