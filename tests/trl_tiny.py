@@ -66,10 +66,17 @@ def trainer(cls: type, student: Any, teacher: Any, folder: Any, peft_config: Any
     return result
 
 
-def batch(masks: str = "ragged", dtype: torch.dtype = torch.float32, sequences: int = 3, length: int = 9) -> dict:
+def batch(
+    masks: str = "ragged",
+    dtype: torch.dtype = torch.float32,
+    sequences: int = 3,
+    length: int = 9,
+    one_prompt: bool = False,
+) -> dict:
     """A training batch as `SDFTTrainer` builds it: left-padded prompts, right-padded completions.
 
     `masks`: "ragged" completions; "row" has one with nothing left after skipping 2 tokens; "none" has no token.
+    `one_prompt`: all completions are of the first sequence's prompt, the teacher's of the last one's.
     """
     generator = torch.Generator().manual_seed(3)
     draw = lambda *shape: torch.randint(0, VOCABULARY, shape, generator=generator)  # noqa: E731
@@ -84,10 +91,14 @@ def batch(masks: str = "ragged", dtype: torch.dtype = torch.float32, sequences: 
     teacher_mask = torch.ones(sequences, 8, dtype=torch.long)
     teacher_mask[2, :3] = 0
     completion_ids = draw(sequences, length)
+    prompt_ids, teacher_ids = draw(sequences, 5), draw(sequences, 8)
+    if one_prompt:
+        prompt_ids, prompt_mask = (x[:1].expand(sequences, -1) for x in (prompt_ids, prompt_mask))
+        teacher_ids, teacher_mask = (x[-1:].expand(sequences, -1) for x in (teacher_ids, teacher_mask))
     return dict(
-        prompt_ids=draw(sequences, 5), prompt_mask=prompt_mask, completion_ids=completion_ids,
+        prompt_ids=prompt_ids, prompt_mask=prompt_mask, completion_ids=completion_ids,
         completion_mask=completion_mask,
-        teacher_input_ids=torch.cat([draw(sequences, 8), completion_ids], 1),
+        teacher_input_ids=torch.cat([teacher_ids, completion_ids], 1),
         teacher_attention_mask=torch.cat([teacher_mask, completion_mask], 1),
         # From far below to far above the student's own: the ratio is small, near one and clipped.
         old_per_token_logps=-4 + 2 * torch.randn(sequences, length, generator=generator, dtype=dtype),

@@ -151,12 +151,13 @@ class Passes:
             return False, None  # the attention over a tree has none
         if cache is not None and not _one_prompt_each(prompts, completions):
             return True, cache
-        if _tree_saves(prompts, completions):
+        if tree_saves(prompts, completions):
             return True, None  # prompts that share only their beginning: a cache of whole prompts would not find that
         return cache is not None, cache
 
 
-def _tree_saves(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:
+def tree_saves(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:
+    """Whether the prefix tree of the sequences has at least `LEAST_SAVED` fewer tokens than they have together."""
     sequences = [[*p, *c[:-1]] for p, c in zip(prompts, completions, strict=True) if len(c)]
     return len(prefix_tree(sequences).tokens) <= (1 - LEAST_SAVED) * sum(map(len, sequences))
 

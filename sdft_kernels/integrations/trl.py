@@ -7,7 +7,7 @@
 The stock trainer holds student and teacher logits, (B, T, V) each, their log-softmaxes and gradients. Here the models'
 backbones give (B*T, H) hidden states, and one op computes loss and gradient from them chunk by chunk. Temperature,
 masks, `num_loss_tokens_to_skip`, the clipped importance ratio, the mean per sequence and then over the batch, and the
-logged metrics are the stock trainer's.
+logged metrics are the stock trainer's. Completions of one prompt share it (`share_prefix`): it is computed once.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from sdft_kernels.divergence import TokenDivergence, linear_divergence_loss, sdft_token_loss
+from sdft_kernels.integrations.trl_prefix import enable_sharing, shared_completion_hidden
 from sdft_kernels.models import head_kwargs, head_spec, hidden_states, verify_head
 from sdft_kernels.models.hidden import unwrap_peft
 from sdft_kernels.token_logprob import linear_token_logprob
@@ -116,11 +117,14 @@ class _FusedMixin:
     _log_self_distillation_metric: Callable[[str, float], None]
     _get_teacher_context_for_self_distillation: Callable[[], AbstractContextManager]
     _memory_budget: int | None
+    _shares_prefix: bool
 
-    def __init__(self, *args: Any, memory_budget: int | None = None, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, memory_budget: int | None = None, share_prefix: bool | None = None, **kwargs: Any
+    ) -> None:
         super().__init__(*args, **kwargs)
         check_trainer(self)
-        self._memory_budget = memory_budget
+        _set_options(self, memory_budget, share_prefix)
 
     def _compute_teacher_student_logits(self, model: Any, teacher_model: Any, inputs: Mapping) -> DeferredForward:
         mask = inputs["completion_mask"]
@@ -160,7 +164,7 @@ class _FusedMixin:
         with torch.no_grad(), self.accelerator.autocast():
             ids = torch.cat([prompt_ids, completion_ids], dim=1)
             attention_mask = torch.cat([prompt_mask, completion_mask], dim=1)
-            hidden = _completion_hidden(student, ids, attention_mask, completion_ids.shape[1])
+            hidden = self._hidden(student, ids, attention_mask, completion_ids.shape[1])
             head = head_spec(student)
             tokens = linear_token_logprob(
                 hidden, head.weight, completion_ids.flatten(), mask=completion_mask.flatten().bool(), bias=head.bias,
@@ -174,7 +178,7 @@ class _FusedMixin:
     def _token_batch(self, student: Any, inputs: Mapping, deferred: DeferredForward) -> TokenBatch:
         completion_ids = deferred.completion_ids
         sequences, length = completion_ids.shape
-        student_input = _completion_hidden(
+        student_input = self._hidden(
             student,
             torch.cat([inputs["prompt_ids"], completion_ids], dim=1),
             torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1),
@@ -183,9 +187,7 @@ class _FusedMixin:
         # The student first, as in the stock trainer: dropout draws the same numbers.
         teacher = self.accelerator.unwrap_model(deferred.teacher_model)
         with torch.no_grad(), self._get_teacher_context_for_self_distillation():
-            teacher_input = _completion_hidden(
-                teacher, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length
-            )
+            teacher_input = self._hidden(teacher, inputs["teacher_input_ids"], inputs["teacher_attention_mask"], length)
         # fp64 weights for an fp64 model: 1/3 in fp32 would cost its loss 9 digits.
         dtype = torch.float64 if student_input.dtype == torch.float64 else torch.float32
         mask = deferred.loss_mask.to(dtype)
@@ -195,6 +197,15 @@ class _FusedMixin:
             student_input, teacher_input, completion_ids.flatten(), mask.flatten().bool(), weight.flatten(),
             None if old is None else old.flatten(),
         )  # fmt: skip
+
+    def _hidden(self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
+        """(B*length, H): the hidden states that predict the last `length` tokens, after the final norm."""
+        if self._shares_prefix:
+            shared = shared_completion_hidden(model, input_ids, attention_mask, length)
+            if shared is not None:
+                return shared
+        hidden = hidden_states(model, input_ids, attention_mask)
+        return hidden[:, -length - 1 : -1].reshape(-1, hidden.shape[-1])
 
     def _teacher_head(self, teacher_model: Any) -> dict[str, Any]:
         """The teacher's head, without gradient whatever its parameters require (the stock teacher runs in no_grad)."""
@@ -213,12 +224,6 @@ def _inside_forward(model: Any, inner: Any, method: Callable[[Mapping], Any], in
     from trl.models.utils import _ForwardRedirection
 
     return _ForwardRedirection()(model, inner, method, inputs)
-
-
-def _completion_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
-    """(B*length, H): the hidden states that predict the last `length` tokens, after the final norm."""
-    hidden = hidden_states(model, input_ids, attention_mask)
-    return hidden[:, -length - 1 : -1].reshape(-1, hidden.shape[-1])
 
 
 def token_batch_loss(args: Any, batch: TokenBatch, options: dict[str, Any]) -> tuple[Tensor, Tensor]:
@@ -306,15 +311,18 @@ def _inputs(batch: TokenBatch) -> dict[str, Any]:
     )
 
 
-def fuse(trainer: Any, *, memory_budget: int | None = None) -> Any:
+def fuse(trainer: Any, *, memory_budget: int | None = None, share_prefix: bool | None = None) -> Any:
     """Turn a stock TRL `SDFTTrainer` (or an instance of a subclass) into a fused one, in place.
 
     Args:
         trainer: the trainer, before or between calls of `train()`.
         memory_budget: bytes the fused op may use beyond its inputs and gradients; None is the op's default.
+        share_prefix: compute what the completions of a batch have in common (their prompts) once, for student and
+            teacher. None: where both models allow it. True: or raise. False: every sequence whole. The same numbers to
+            rounding.
 
     Returns:
-        The same object; its class is now a subclass of the one it had. A fused trainer gets the new budget.
+        The same object; its class is now a subclass of the one it had. A fused trainer gets the new options.
 
     Raises:
         ImportError: TRL is missing, older than 1.16, or has changed the methods used here.
@@ -328,8 +336,13 @@ def fuse(trainer: Any, *, memory_budget: int | None = None) -> Any:
         fused = fused_trainer_class(type(trainer))
         check_trainer(trainer)
         trainer.__class__ = fused
-    trainer._memory_budget = memory_budget
+    _set_options(trainer, memory_budget, share_prefix)
     return trainer
+
+
+def _set_options(trainer: Any, memory_budget: int | None, share_prefix: bool | None) -> None:
+    models = [trainer.accelerator.unwrap_model(model) for model in (trainer.model, trainer.teacher_model)]
+    trainer._memory_budget, trainer._shares_prefix = memory_budget, enable_sharing(models, share_prefix)
 
 
 def fused_trainer_class(base: Any = None) -> Any:
@@ -353,7 +366,7 @@ def fused_trainer_class(base: Any = None) -> Any:
                 "drop the override, or keep the stock trainer for it"
             )
     name = "FusedSDFTTrainer" if base is stock else f"Fused{base.__name__}"
-    document = f"{base.__name__} without logits: same arguments plus memory_budget, see `fuse`."
+    document = f"{base.__name__} without logits: same arguments plus memory_budget and share_prefix, see `fuse`."
     _FUSED_CLASSES[base] = type(name, (_FusedMixin, base), {"__module__": __name__, "__doc__": document})
     return _FUSED_CLASSES[base]
 

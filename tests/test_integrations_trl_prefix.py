@@ -1,0 +1,151 @@
+"""Fused TRL trainers that compute a prompt once for its completions, beside the stock trainer."""
+
+from __future__ import annotations
+
+import copy
+import logging
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("trl")
+
+import trl_tiny as tiny  # noqa: E402
+from test_integrations_trl import assert_equal, pairs, set_options  # noqa: E402, F401
+from trl.experimental.sdft import SDFTTrainer  # noqa: E402
+
+from sdft_kernels.integrations import trl_prefix  # noqa: E402
+from sdft_kernels.integrations.trl import FusedSDFTTrainer, fuse  # noqa: E402
+from sdft_kernels.models.attention_hook import is_hooked  # noqa: E402
+
+
+@pytest.fixture(autouse=True)
+def _no_telemetry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "1")
+
+
+@pytest.fixture
+def tokens(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Tokens of the packed passes, one number each."""
+    computed: list[int] = []
+    real = trl_prefix.packed_hidden_states
+
+    def watch(model: Any, *args: Any) -> Any:
+        handle = model.base_model.register_forward_pre_hook(
+            lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+        )
+        try:
+            return real(model, *args)
+        finally:
+            handle.remove()
+
+    monkeypatch.setattr(trl_prefix, "packed_hidden_states", watch)
+    return computed
+
+
+@pytest.mark.parametrize("masks", ["ragged", "row", "none"])
+@pytest.mark.parametrize(("mode", "alpha"), [("full_logits", 0.0), ("topk_logits", 0.5), ("sampled_token", 1.0)])
+def test_equals_stock_fp32(pairs, tokens, mode, alpha, masks):  # noqa: F811
+    pair = pairs("qwen2")
+    set_options(pair, mode, alpha, False, 2.0, 1.3)
+    assert_equal(pair, tiny.batch(masks, one_prompt=True), 2e-6, 2e-5)
+    # The student's prompt of 3 tokens and the teacher's of 5, and completions without their last token: 9, 6 and 9 of
+    # them ("none": 2 each, "row": 9, 6, 2).
+    completions = {"ragged": 8 + 5 + 8, "row": 8 + 5 + 1, "none": 1 + 1 + 1}[masks]
+    assert tokens == [3 + completions, 5 + completions]
+
+
+@pytest.mark.parametrize("family", ["gemma2", "gemma3", "cohere", "phi"])
+def test_other_families_equal_stock_fp32(pairs, tokens, family):  # noqa: F811
+    pair = pairs(family)
+    set_options(pair, "full_logits", 0.5, False, 2.0, 0.7)
+    assert_equal(pair, tiny.batch("row", one_prompt=True), 2e-6, 2e-5)
+    assert len(tokens) == 2
+
+
+def test_equals_stock_fp64(pairs, tokens):  # noqa: F811
+    """Of Phi, whose norms stay in fp64; those of the others pass through fp32, whatever the model is."""
+    pair = pairs("phi", torch.float64)
+    set_options(pair, "full_logits", 0.5, False, 2.0, 0.7)
+    inputs = tiny.batch("row", torch.float64, one_prompt=True)
+    # Without padding on the left: the stock trainer counts it in the positions, whose cosines transformers rounds to
+    # fp32, so that the same distance at other positions differs by 1e-8.
+    inputs["prompt_mask"] = torch.ones_like(inputs["prompt_mask"])
+    inputs["teacher_attention_mask"] = torch.cat([torch.ones(3, 8, dtype=torch.long), inputs["completion_mask"]], 1)
+    assert_equal(pair, inputs, 1e-10, 1e-10)
+    assert len(tokens) == 2
+
+
+def test_rollout_logprobs_are_those_of_the_stock_trainer(pairs, tokens):  # noqa: F811
+    stock, fused = pairs("qwen2")
+    inputs = tiny.batch(one_prompt=True)
+    names = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask")
+    for trainer in (stock, fused):
+        trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation = 1, 2
+    try:
+        expected, found = (trainer._compute_rollout_logps(*(inputs[n] for n in names)) for trainer in (stock, fused))
+    finally:
+        for trainer in (stock, fused):
+            trainer.args.gradient_accumulation_steps, trainer.args.steps_per_generation = 2, 2
+    mask = inputs["completion_mask"].bool()
+    assert len(tokens) == 1 and (found[mask] - expected[mask]).abs().max() < 1e-5
+
+
+def test_what_is_not_shared(tokens):
+    """Prompts that differ, masks that are not padding on the right, completions without a token, attention dropout."""
+    model = tiny.model().eval()
+    trl_prefix.enable_sharing([model], True)
+
+    def hidden(inputs: dict, **changes: torch.Tensor) -> torch.Tensor | None:
+        inputs = inputs | changes
+        ids = torch.cat([inputs["prompt_ids"], inputs["completion_ids"]], 1)
+        mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], 1)
+        return trl_prefix.shared_completion_hidden(model, ids, mask, 9)
+
+    one = tiny.batch(one_prompt=True)
+    assert hidden(one) is not None
+    hole = one["completion_mask"].clone()
+    hole[0, 3] = 0
+    assert hidden(one, completion_mask=hole) is None
+    assert hidden(one, completion_mask=torch.zeros_like(hole)) is None
+    assert hidden(one, prompt_mask=torch.zeros_like(one["prompt_mask"])) is None
+    assert hidden(tiny.batch()) is None
+    model.config.attention_dropout = 0.1
+    assert hidden(one) is not None
+    model.train()
+    assert hidden(one) is None
+
+
+def test_share_prefix_is_an_option_of_both(tmp_path, tokens, caplog, monkeypatch):
+    student = tiny.model()
+    inputs = tiny.batch(one_prompt=True)
+    trainer = tiny.trainer(SDFTTrainer, copy.deepcopy(student), tiny.near(student), tmp_path)
+    assert fuse(trainer, share_prefix=False) is trainer
+    whole, gradients, _ = tiny.loss_and_gradients(trainer, inputs)
+    assert not tokens and not is_hooked(trainer.model.config._attn_implementation)
+    fuse(trainer, share_prefix=True)
+    shared, found, _ = tiny.loss_and_gradients(trainer, inputs)
+    assert len(tokens) == 2
+    torch.testing.assert_close(shared, whole, rtol=1e-6, atol=0)
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).norm() <= 2e-5 * gradient.norm(), name
+
+    def refuse(model: Any) -> None:
+        raise ValueError("no")
+
+    monkeypatch.setattr(trl_prefix, "enable_shared_prefix", refuse)
+    with caplog.at_level(logging.INFO, logger=trl_prefix.logger.name):
+        assert not tiny.trainer(FusedSDFTTrainer, student, None, tmp_path)._shares_prefix
+    assert "prompts are computed once per completion: no" in caplog.text
+    with pytest.raises(ValueError, match="no"):
+        fuse(trainer, share_prefix=True)
+
+
+def test_a_fused_run_shares(tmp_path, tokens):
+    """`train()`: generation, a live teacher, two completions a prompt."""
+    trainer = tiny.trainer(
+        FusedSDFTTrainer, tiny.model(), None, tmp_path, max_steps=2, gradient_accumulation_steps=1, learning_rate=1e-3
+    )
+    trainer.train()
+    assert len(tokens) == 4 and all(entry["loss"] == entry["loss"] for entry in trainer.state.log_history[:-1])
