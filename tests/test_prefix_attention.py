@@ -357,3 +357,23 @@ def test_a_window_of_the_cache_is_enough():
         for kv in (case.prefix_kv, last)
     )
     assert relative_error(short, whole) < 1e-12
+
+
+def test_the_backward_of_adjoining_rows_over_one_prompt_is_one_call():
+    """Two prompts' trees with levels: rows of siblings and of their children see all of the same keys."""
+    prompt, other = list(range(100, 140)), list(range(200, 230))
+    tails = [[1, 2, 3], [1, 2, 3, 4, 5, 6], [7, 8], [9]]
+    tree, _ = PrefixTree.from_sequences([*([*prompt, *t] for t in tails), *([*other, *t] for t in tails[2:])])
+    calls = [(part_flash, part) for segment in range(len(tree)) for part in parts.segment_parts(tree, segment, 0, None)]
+    joined = [part for kernel, part in composition._joined(iter(calls)) if part.kind == parts.FULL]
+    pairs = lambda found: sorted(  # noqa: E731
+        (row, key)
+        for part in found
+        for row in range(part.rows.start, part.rows.stop)
+        for key in range(part.keys.start, part.keys.stop)
+    )
+    before = [part for _, part in calls if part.kind == parts.FULL]
+    assert pairs(joined) == pairs(before) and len(before) == 7
+    # Segments lie level by level: the first prompt's children, the other's, and the child of [1, 2, 3] after them.
+    found = sorted((part.size, part.keys.start) for part in joined)
+    assert found == [((3, 3), 70), ((3, 30), 40), ((3, 40), 0), ((6, 40), 0)]
