@@ -22,8 +22,8 @@ def compiled_linears(model: nn.Module) -> Iterator[None]:
     """Inside, fp32 linear layers on CPU multiply few rows by the compiled product, where that is the faster one.
 
     Decoding reads every weight for a few rows. The 210 layers of SmolLM2-135M (424 MB), one after the other, take the
-    library 42 to 68 ms at 8 rows and the compiled product 20 to 25 (by hand; 2 threads, Zen 4 with AVX-512); for the
-    head see `benchmarks/data/logits_gemm_cpu.csv`.
+    library 42 to 68 ms at 8 rows and the compiled product 20 to 25; the head, 17 and 7 (by hand; 2 threads, Zen 4 with
+    AVX-512).
 
     Args:
         model: layers that are adapted, hooked or subclassed stay as they are, and so does a model that is compiled.

@@ -142,7 +142,7 @@ void all_groups(const LogitsGemm& g, int64_t begin, int64_t end, float* scratch)
 // Few tokens: packing the weight would take longer than reading it. Its rows stream past as they lie, FEW_ROWS at a
 // time; sums are vectors over k, as many as one transposition adds up across their lanes. By hand, 424 MB of weights of
 // 576 and 1536 columns, at 8 tokens of fp32: 20 ms, packed 28, only read 14 to 15 (2 threads); at 16 tokens 32 and 33,
-// at 32 tokens 62 and 53. `benchmarks.logits_gemm` has the head.
+// at 32 tokens 62 and 53.
 constexpr int FEW_ROWS = 2, FEW_TOKENS = LANES / FEW_ROWS;
 // Rows that the prefetch is ahead: 20 ms, not 23 with 2.
 constexpr int64_t FEW_AHEAD = 4;
