@@ -15,6 +15,7 @@ import trl_tiny as tiny  # noqa: E402
 from test_integrations_trl import assert_equal, pairs, set_options  # noqa: E402, F401
 from trl.experimental.sdft import SDFTTrainer  # noqa: E402
 
+from sdft_kernels.distill import passes  # noqa: E402
 from sdft_kernels.integrations import trl_prefix  # noqa: E402
 from sdft_kernels.integrations.trl import FusedSDFTTrainer, fuse  # noqa: E402
 from sdft_kernels.models.attention_hook import is_hooked  # noqa: E402
@@ -95,7 +96,7 @@ def test_rollout_logprobs_are_those_of_the_stock_trainer(pairs, tokens):  # noqa
 def test_what_is_not_shared(tokens):
     """Prompts that differ, masks that are not padding on the right, completions without a token, attention dropout."""
     model = tiny.model().eval()
-    trl_prefix.enable_sharing([model], True)
+    passes.enable_sharing([model], True)
 
     def hidden(inputs: dict, **changes: torch.Tensor) -> torch.Tensor | None:
         inputs = inputs | changes
@@ -134,10 +135,10 @@ def test_share_prefix_is_an_option_of_both(tmp_path, tokens, caplog, monkeypatch
     def refuse(model: Any) -> None:
         raise ValueError("no")
 
-    monkeypatch.setattr(trl_prefix, "enable_shared_prefix", refuse)
-    with caplog.at_level(logging.INFO, logger=trl_prefix.logger.name):
+    monkeypatch.setattr(passes, "enable_shared_prefix", refuse)
+    with caplog.at_level(logging.INFO, logger=passes.logger.name):
         assert not tiny.trainer(FusedSDFTTrainer, student, None, tmp_path)._shares_prefix
-    assert "prompts are computed once per completion: no" in caplog.text
+    assert "prefixes are computed once per completion: no" in caplog.text
     with pytest.raises(ValueError, match="no"):
         fuse(trainer, share_prefix=True)
 

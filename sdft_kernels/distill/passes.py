@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -52,7 +52,7 @@ class Passes:
             raise ValueError("prefix_cache needs shared prefixes: leave it out, or share_prefix=False")
         self.model, self.teacher, self.token_budget = model, teacher, token_budget
         self.required = share_prefix is True
-        self.shares = share_prefix is not False and all(map(self._enable, {id(m): m for m in self._models()}.values()))
+        self.shares = enable_sharing((model, teacher.model), share_prefix)
         if prefix_cache is None:
             prefix_cache = DEFAULT_CACHE_BYTES if teacher.kind in UNCHANGING else 0
         kept = PrefixCache(prefix_cache) if isinstance(prefix_cache, int) else prefix_cache
@@ -88,19 +88,6 @@ class Passes:
         if self.cache is not None:
             numbers |= {"prefix_cache_hits": counts.hits, "prefix_cache_mib": self.cache.statistics.bytes / 2**20}
         return {name: torch.tensor(float(value), device=device) for name, value in numbers.items()}
-
-    def _models(self) -> tuple[nn.Module, nn.Module]:
-        return self.model, self.teacher.model
-
-    def _enable(self, model: nn.Module) -> bool:
-        try:
-            enable_shared_prefix(model)
-        except (ValueError, NotImplementedError) as error:
-            if self.required:
-                raise
-            logger.info("prefixes are computed once per completion: %s", error)
-            return False
-        return True
 
     def _predicted_speedup(self, counts: PassCounts) -> float | None:
         groups, self._groups = self._groups, {}
@@ -154,6 +141,29 @@ class Passes:
         if tree_saves(prompts, completions):
             return True, None  # prompts that share only their beginning: a cache of whole prompts would not find that
         return cache is not None, cache
+
+
+def enable_sharing(models: Iterable[nn.Module], share_prefix: bool | None) -> bool:
+    """Whether passes are to share prefixes; enables every model for it (`enable_shared_prefix`).
+
+    Args:
+        models: student and teacher, which may be one.
+        share_prefix: True: or raise. None: where all models allow it, else not, with the reason logged. False: not.
+
+    Raises:
+        ValueError, NotImplementedError: a model that cannot, with share_prefix=True.
+    """
+    if share_prefix is False:
+        return False
+    try:
+        for model in {id(unwrap_peft(model)): model for model in models}.values():
+            enable_shared_prefix(model)
+    except (ValueError, NotImplementedError) as error:
+        if share_prefix:
+            raise
+        logger.info("prefixes are computed once per completion: %s", error)
+        return False
+    return True
 
 
 def tree_saves(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:

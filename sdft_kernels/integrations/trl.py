@@ -22,8 +22,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
+from sdft_kernels.distill.passes import enable_sharing
 from sdft_kernels.divergence import TokenDivergence, linear_divergence_loss, sdft_token_loss
-from sdft_kernels.integrations.trl_prefix import enable_sharing, shared_completion_hidden
+from sdft_kernels.integrations.trl_prefix import shared_completion_hidden
 from sdft_kernels.models import head_kwargs, head_spec, hidden_states, verify_head
 from sdft_kernels.models.hidden import unwrap_peft
 from sdft_kernels.token_logprob import linear_token_logprob

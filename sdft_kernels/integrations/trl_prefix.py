@@ -2,42 +2,15 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from sdft_kernels.distill.passes import tree_saves
 from sdft_kernels.models import enable_shared_prefix, packed_hidden_states
 from sdft_kernels.models.attention_hook import is_hooked
 from sdft_kernels.models.hidden import unwrap_peft
-
-logger = logging.getLogger(__name__)
-
-
-def enable_sharing(models: Iterable[nn.Module], share_prefix: bool | None) -> bool:
-    """Whether batches are to share prefixes; enables every model for it (`enable_shared_prefix`).
-
-    Args:
-        models: student and teacher.
-        share_prefix: True: or raise. None: where all models allow it, else not, with the reason logged. False: not.
-
-    Raises:
-        ValueError, NotImplementedError: a model that cannot, with share_prefix=True.
-    """
-    if share_prefix is False:
-        return False
-    try:
-        for model in {id(unwrap_peft(model)): model for model in models}.values():
-            enable_shared_prefix(model)
-    except (ValueError, NotImplementedError) as error:
-        if share_prefix:
-            raise
-        logger.info("prompts are computed once per completion: %s", error)
-        return False
-    return True
 
 
 def shared_completion_hidden(model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor | None:

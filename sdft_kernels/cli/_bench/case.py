@@ -60,6 +60,16 @@ VARIANT_NEEDS: dict[str, tuple[str | None, bool]] = {
 OURS = ("sdft", "sdft_tokens", "sdft_torch")
 
 
+def why_absent(needs: tuple[str | None, bool], device: str) -> str | None:
+    """Return why a variant with these needs (as in `VARIANT_NEEDS`) cannot run, or None; imports nothing."""
+    module, needs_cuda = needs
+    if needs_cuda and device == "cpu":
+        return "needs CUDA"
+    if module is not None and importlib.util.find_spec(module) is None:
+        return f"{module} is not installed"
+    return None
+
+
 def parse_variant(text: str) -> str:
     """Return `text` if it names a variant of this package or has the form ``module:function``.
 
@@ -142,12 +152,7 @@ class Request:
 
     def why_absent(self) -> str | None:
         """Return why this variant cannot run here, or None; imports nothing."""
-        module, needs_cuda = VARIANT_NEEDS.get(self.variant, (None, False))
-        if needs_cuda and self.case.device == "cpu":
-            return "needs CUDA"
-        if module is not None and importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-        return None
+        return why_absent(VARIANT_NEEDS.get(self.variant, (None, False)), self.case.device)
 
     def to_json(self) -> str:
         """Return the request as one line of JSON."""

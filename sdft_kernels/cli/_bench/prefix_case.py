@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 from typing import Any, ClassVar
+
+from sdft_kernels.cli._bench.case import why_absent
 
 FLOOR = "repeated"  # each sequence whole, its prompt included
 
@@ -171,12 +172,7 @@ class PrefixRequest:
 
     def why_absent(self) -> str | None:
         """Return why this variant cannot run here, or None; imports nothing."""
-        module, needs_cuda = self.case.needs[self.variant]
-        if needs_cuda and self.case.device == "cpu":
-            return "needs CUDA"
-        if module is not None and importlib.util.find_spec(module) is None:
-            return f"{module} is not installed"
-        return None
+        return why_absent(self.case.needs[self.variant], self.case.device)
 
     def to_json(self) -> str:
         """Return the request as one line of JSON."""
