@@ -15,6 +15,20 @@ STABLE_TORCH_LIBRARY_FRAGMENT(sdft_kernels, m) {
       "Tensor(f!)? sums, Tensor(g!)? gradient, int stream) -> ()");
   m.def("logits_gemm(Tensor hidden, Tensor weight, Tensor(a!) out, bool few=False) -> ()");
   m.def("weight_grad_gemm(Tensor grad, Tensor hidden, Tensor(a!) total) -> ()");
+  // Tables of a prefix tree as in `PrefixTree`; a softcap of none is 0. `partial` (parts, 2, tokens, key heads, size)
+  // is scratch, and its first part becomes the gradients of key and value.
+  m.def(
+      "prefix_attention(Tensor query, Tensor key, Tensor value, Tensor? sinks, Tensor? cached_key, Tensor? "
+      "cached_value, "
+      "Tensor tiles, Tensor segments, Tensor ancestor_offsets, Tensor ancestors, float scale, float softcap, int "
+      "window, "
+      "Tensor(a!) out, Tensor(b!) lse) -> ()");
+  m.def(
+      "prefix_attention_backward(Tensor query, Tensor key, Tensor value, Tensor? cached_key, Tensor? cached_value, "
+      "Tensor tiles, Tensor segments, Tensor ancestor_offsets, Tensor ancestors, float scale, float softcap, int "
+      "window, "
+      "Tensor out, Tensor lse, Tensor grad, Tensor? grad_lse, Tensor(a!) delta, Tensor(b!) grad_query, "
+      "Tensor(c!) partial) -> ()");
   m.def("cpu_isa() -> str");
   m.def("peak_flops(str dtype) -> float");
 }

@@ -16,7 +16,12 @@ _WRITTEN = {
     "linear_divergence": ("reference", "torch", "native", "triton"),
     "linear_token_logprob": ("reference", "torch"),
     "linear_topk_divergence": ("reference", "torch"),
-    "shared_prefix_attention": ("reference", "torch", "triton"),  # where "torch" goes by the name "composition"
+    "shared_prefix_attention": (
+        "reference",
+        "torch",
+        "native",
+        "triton",
+    ),  # where "torch" goes by the name "composition"
 }
 _NAMES = {"native": "C++/CUDA", "triton": "Triton"}
 _TRITON_MAJOR = 8  # of the compute capability
@@ -72,11 +77,11 @@ def why_not(
     """Why `impl` cannot run `op` on tensors of this device and dtype; None if it can."""
     if impl not in _WRITTEN[op]:
         return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
-    if impl == "native":
-        return _why_not_native(_device(device), dtype)
-    if impl == "triton":
-        return _why_not_triton(_device(device), dtype) or _why_not_attention(op, _device(device), dtype)
-    return None
+    if impl not in _NAMES:
+        return None
+    device = _device(device)
+    runs = _why_not_native if impl == "native" else _why_not_triton
+    return runs(device, dtype) or (_why_not_attention(impl, device, dtype) if op == "shared_prefix_attention" else None)
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -105,11 +110,13 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _why_not_attention(op: str, device: torch.device, dtype: torch.dtype) -> str | None:
+def _why_not_attention(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Triton's fp32 products without TF32 spill 5 KiB a thread at tiles of 64 x 32, D = 128 (sm_90)."""
-    if op == "shared_prefix_attention" and device.type == "cuda" and dtype != torch.bfloat16:
-        return "on CUDA its kernels are bf16 only"
-    return None
+    if impl == "triton":
+        return "on CUDA its kernels are bf16 only" if device.type == "cuda" and dtype != torch.bfloat16 else None
+    if device.type != "cpu":
+        return f"its kernels run on CPU, not on {device.type}"
+    return "its kernels sum in fp32, which is not enough for fp64" if dtype == torch.float64 else None
 
 
 def available(op: str = "linear_divergence") -> dict[str, str]:

@@ -11,6 +11,7 @@ import importlib.util
 import warnings
 from pathlib import Path
 from types import ModuleType
+from typing import NamedTuple
 
 import torch
 
@@ -23,8 +24,37 @@ _IN_PLACE = (
     "divergence_rows_",
     "logits_gemm",
     "weight_grad_gemm",
+    "prefix_attention",
+    "prefix_attention_backward",
 )
 _HUGE_BYTES = 8 * 2**20  # a buffer this large holds whole pages of 2 MiB wherever it starts
+
+
+class PrefixOperands(NamedTuple):
+    """What forward and backward of the attention over a prefix tree read.
+
+    Attributes:
+        query: (T, Hq, D), fp32, D a multiple of 16, adjacent numbers in the last dimension (so for all).
+        key, value: (T, Hkv, D), Hkv a divisor of Hq.
+        cached_key, cached_value: (P, Hkv, D) of tokens before every root, or None.
+        tiles, segments, ancestor_offsets, ancestors: the tables of a `PrefixTree`, int64; the tiles of any size.
+        scale: of the products.
+        softcap: 0 for none.
+        window: keys that a token sees.
+    """
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    cached_key: torch.Tensor | None
+    cached_value: torch.Tensor | None
+    tiles: torch.Tensor
+    segments: torch.Tensor
+    ancestor_offsets: torch.Tensor
+    ancestors: torch.Tensor
+    scale: float
+    softcap: float
+    window: int
 
 
 def has_native() -> bool:
@@ -126,6 +156,58 @@ def weight_grad_gemm(grad: torch.Tensor, hidden: torch.Tensor, total: torch.Tens
     """
     torch.ops.sdft_kernels.weight_grad_gemm(grad, hidden, total)
     torch.autograd.graph.increment_version(total)
+
+
+def prefix_attention(
+    operands: PrefixOperands, sinks: torch.Tensor | None, out: torch.Tensor, lse: torch.Tensor
+) -> None:
+    """Attention over a prefix tree on CPU: output and natural-log LSE of every packed token.
+
+    A row's bits depend on its own query and the keys that it sees, whatever the other rows and the number of threads.
+
+    Args:
+        operands: fp32.
+        sinks: (Hq,) fp32, or None.
+        out: (T, Hq, D), fp32, contiguous. Overwritten.
+        lse: (T, Hq), fp32, contiguous. Overwritten.
+
+    `has_native()` must have been asked: it loads the library. Nothing is differentiable.
+
+    Raises:
+        RuntimeError: shapes, dtypes or strides do not fit, or the tables do not describe a tree.
+    """
+    query, key, value, *others = operands
+    torch.ops.sdft_kernels.prefix_attention(query, key, value, sinks, *others, out, lse)
+    torch.autograd.graph.increment_version((out, lse))
+
+
+def prefix_attention_backward(
+    operands: PrefixOperands,
+    out: torch.Tensor,
+    lse: torch.Tensor,
+    grad: torch.Tensor,
+    grad_lse: torch.Tensor | None,
+    delta: torch.Tensor,
+    grad_query: torch.Tensor,
+    partial: torch.Tensor,
+) -> None:
+    """The gradients of `prefix_attention`, of the same bits whatever the number of threads.
+
+    Args:
+        operands: of the forward.
+        out, lse: what the forward wrote.
+        grad: (T, Hq, D), fp32, adjacent numbers in its last dimension.
+        grad_lse: (T, Hq), fp32, contiguous, or None.
+        delta: (T, Hq), fp32, contiguous: rowsum(grad * out) - grad_lse. Overwritten.
+        grad_query: (T, Hq, D), fp32, contiguous. Overwritten.
+        partial: (parts, 2, T, Hkv, D), fp32, contiguous: ``partial[0]`` becomes the gradients of key and value, the
+            others are scratch. ``parts * Hkv`` threads can work at a time. Overwritten.
+
+    Raises:
+        RuntimeError: as above.
+    """
+    torch.ops.sdft_kernels.prefix_attention_backward(*operands, out, lse, grad, grad_lse, delta, grad_query, partial)
+    torch.autograd.graph.increment_version((delta, grad_query, partial))
 
 
 def on_huge_pages(fresh: torch.Tensor) -> torch.Tensor:

@@ -60,6 +60,7 @@ LAYERS = (
     Layer(
         "{op}.fused_triton", (*BASE, "{op}.call", "{op}.kernels_triton", "{op}.kernels_triton_backward"), eager=TORCH
     ),
+    Layer("{op}.fused_native", (*BASE, "{op}.call", "{op}.parts"), eager=TORCH),
     Layer("{op}.rows_triton", (*BASE, *TERMS, "{op}.kernels_triton"), eager=TORCH),
     Layer("{op}.rows_*", (*BASE, *TERMS), eager=TORCH),
     Layer("{op}.reference", (*BASE, *TERMS, "{op}.tree"), eager=TORCH),
@@ -76,7 +77,7 @@ LAYERS = (
                 "{op}.parts",
                 "{op}.call",
                 "{op}.composition",
-                "{op}.fused_triton",
+                "{op}.fused_*",
                 *OTHER_OPS,
             ),
         ),

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.checkpoint import checkpoint
 
+from sdft_kernels import _native
 from sdft_kernels.prefix_attention import (
     PrefixTree,
     composition,
@@ -38,6 +39,10 @@ OPTIONS = {
     "sinks and window": {"prefix": 19, "window": 8, "sinks": True},
 }
 SHAPES = list(itertools.product([(1, 1), (2, 1), (4, 2), (4, 1), (4, 4)], [32, 64, 128, 256]))
+
+
+native = pytest.param("native", marks=pytest.mark.skipif(not _native.has_native(), reason=_native.why_not() or "built"))
+on_cpu = pytest.mark.parametrize("impl", ["composition", native])
 
 
 @pytest.fixture
@@ -96,52 +101,55 @@ def test_heads_and_sizes(heads, size, options):
     assert_equals(case, "composition", "reference", 1e-10)
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("heads", "size"), [((4, 4), 64), ((4, 1), 32), ((4, 2), 128), ((2, 1), 256)])
 @pytest.mark.parametrize("name", ["plain", "softcap", "window 25", "everything", "sinks and window"])
 @pytest.mark.parametrize("sharpness", [1.0, 6.0])
-def test_error_budget(dtype, heads, size, name, sharpness):
+def test_error_budget(impl, dtype, heads, size, name, sharpness):
     tree = PrefixTree([300, 40, 0, 1, 70, 150], [-1, 0, 0, 0, 1, -1])
     narrow = make_case(tree, heads, size, sharpness=sharpness, **OPTIONS[name]).to(dtype)
     grad = torch.randn_like(narrow.query)
     truth = run(narrow.to(torch.float64), "alone", grad)
     eager = run(narrow, "alone", grad)
-    for key, value in run(narrow, "composition", grad).items():
+    for key, value in run(narrow, impl, grad).items():
         if key != "grad_sinks":  # a sum over rows that cancels to 1/40 of its terms here: luck
             assert_within_budget(value, eager[key], truth[key], name=key)
 
 
+@on_cpu
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", ["sinks", "everything", "sinks and window"])
-def test_error_budget_of_the_sinks(dtype, name):
+def test_error_budget_of_the_sinks(impl, dtype, name):
     narrow = make_case(PrefixTree([300, 40, 0, 1, 70, 150], [-1, 0, 0, 0, 1, -1]), **OPTIONS[name]).to(dtype)
     wide = narrow.to(torch.float64)
     grad = run(wide, "alone", torch.randn_like(wide.query))["out"].to(dtype)  # so that all terms have one sign
     truth, eager, actual = (
-        run(case, impl, grad)["grad_sinks"]
-        for case, impl in ((wide, "alone"), (narrow, "alone"), (narrow, "composition"))
+        run(case, by, grad)["grad_sinks"] for case, by in ((wide, "alone"), (narrow, "alone"), (narrow, impl))
     )
     assert_within_budget(actual, eager, truth)
 
 
-def test_bf16_key_gradients_do_not_grow_with_rows_and_heads():
+@on_cpu
+def test_bf16_key_gradients_do_not_grow_with_rows_and_heads(impl):
     # The CPU kernel's own bf16 sums of dK and dV are off twice as much as plain PyTorch.
     narrow = make_case(PrefixTree([64, 2000], [-1, 0]), (8, 1), 32).to(torch.bfloat16)
     grad = torch.randn_like(narrow.query)
     truth, eager = run(narrow.to(torch.float64), "reference", grad), run(narrow, "alone", grad)
-    actual = run(narrow, "composition", grad)
+    actual = run(narrow, impl, grad)
     for name in ("grad_query", "grad_key", "grad_value"):
         assert relative_error(actual[name], truth[name]) < relative_error(eager[name], truth[name]), name
 
 
-def test_bf16_outputs_do_not_grow_with_depth():
+@on_cpu
+def test_bf16_outputs_do_not_grow_with_depth(impl):
     # A running output kept in bf16 is off 1.5 times as much as plain PyTorch.
     tree = PrefixTree([8] * 40, range(-1, 39))
     narrow = make_case(tree, size=64).to(torch.bfloat16)
     grad = torch.randn_like(narrow.query)
     truth, eager, actual = (
-        run(case, impl, grad)["out"]
-        for case, impl in ((narrow.to(torch.float64), "alone"), (narrow, "alone"), (narrow, "composition"))
+        run(case, by, grad)["out"]
+        for case, by in ((narrow.to(torch.float64), "alone"), (narrow, "alone"), (narrow, impl))
     )
     assert relative_error(actual, truth) < relative_error(eager, truth)
 
@@ -175,13 +183,14 @@ def test_gradcheck():
     assert torch.autograd.gradcheck(op, leaves)
 
 
+@on_cpu
 @pytest.mark.parametrize("options", [{}, {"window": 150}, {"softcap": 5.0}, {"sinks": True, "prefix": 33}])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_segment_has_the_same_bits_among_any_neighbours(dtype, options):
+def test_a_segment_has_the_same_bits_among_any_neighbours(impl, dtype, options):
     tree = PrefixTree([17, 333, 41, 200, 0, 7, 64], [-1, -1, 0, 1, 1, 1, 3])
     case = make_case(tree, (4, 2), 64, **options).to(dtype)
     grad = torch.randn_like(case.query)
-    whole = run(case, "composition", grad)
+    whole = run(case, impl, grad)
     for segment, path in enumerate(tree.paths):
         rows = torch.cat([torch.arange(tree.offsets[i], tree.offsets[i + 1]) for i in path])
         alone = Case(
@@ -191,7 +200,7 @@ def test_a_segment_has_the_same_bits_among_any_neighbours(dtype, options):
             case.prefix_kv,
             case.options,
         )
-        single = run(alone, "composition", grad[rows])
+        single = run(alone, impl, grad[rows])
         for name in ("out", "lse"):
             assert torch.equal(single[name], whole[name][rows]), (segment, name)
 
@@ -222,10 +231,11 @@ def test_any_tree(tree, prefix, window, softcap, sinks, heads, band_rows):
 
 
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0]])
-@pytest.mark.parametrize("impl", ["composition", "reference"])
+@pytest.mark.parametrize("impl", ["composition", "reference", native])
 def test_no_tokens(lengths, impl):
     tree = PrefixTree(lengths, range(-1, len(lengths) - 1))
-    result = run(make_case(tree, prefix=3, sinks=True), impl, torch.zeros(0, 4, 32))
+    case = make_case(tree, prefix=3, sinks=True).to(torch.float32)
+    result = run(case, impl, torch.zeros(0, 4, 32))
     assert result["out"].shape == (0, 4, 32)
     assert result["lse"].shape == (0, 4)
     assert not result["grad_sinks"].any()
@@ -271,11 +281,12 @@ def test_non_contiguous_views():
         assert relative_error(actual, wanted) < 1e-12
 
 
+@on_cpu
 @pytest.mark.parametrize("softcap", [None, 50.0])
-def test_large_logits(softcap):
+def test_large_logits(impl, softcap):
     case = make_case(PrefixTree(*TREES["two groups"]), sharpness=3000.0, softcap=softcap).to(torch.float32)
     grad = torch.randn_like(case.query)
-    truth, result = run(case.to(torch.float64), "alone", grad), run(case, "composition", grad)
+    truth, result = run(case.to(torch.float64), "alone", grad), run(case, impl, grad)
     assert truth["lse"].abs().max() > (1000 if softcap is None else 40)
     # An ulp of an fp32 lse of 10000 is 0.001, and weights and probabilities are exp(logit - lse).
     assert relative_error(result["lse"], truth["lse"]) < 1e-6
@@ -283,14 +294,15 @@ def test_large_logits(softcap):
     assert all(value.isfinite().all() for value in result.values())
 
 
+@on_cpu
 @pytest.mark.parametrize("softcap", [None, 5.0])
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_nan_and_inf_stay_in_the_sequences_that_see_them(which, bad, softcap):
+def test_nan_and_inf_stay_in_the_sequences_that_see_them(impl, which, bad, softcap):
     tree = PrefixTree([30, 20, 25, 10], [-1, 0, 0, 1])
     case = make_case(tree, softcap=softcap).to(torch.float32)
     getattr(case, which)[35] = bad  # in segment 1
-    out = run(case, "composition", torch.randn_like(case.query))["out"]
+    out = run(case, impl, torch.randn_like(case.query))["out"]
     hit = torch.zeros(tree.tokens, dtype=torch.bool)
     hit[35 : 36 if which == "query" else 50] = True
     hit[75:] = which != "query"

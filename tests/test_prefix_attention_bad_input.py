@@ -53,8 +53,8 @@ BAD = {
     "scale": ({"scale": 0.0}, "scale must be positive and finite, got 0.0"),
     "softcap": ({"softcap": float("inf")}, "softcap must be positive and finite, got inf"),
     "impl": (
-        {"impl": "native"},
-        r"impl must be one of \('auto', 'reference', 'composition', 'triton'\), got 'native'",
+        {"impl": "torch"},
+        r"impl must be one of \('auto', 'reference', 'composition', 'native', 'triton'\), got 'torch'",
     ),
     "prefix_kv": ({"prefix_kv": torch.zeros(2, 7, 2, 8)}, r"prefix_kv must be a pair \(key, value\), got Tensor"),
     "prefix_kv's length": ({"prefix_kv": (cached(7, 2, 8),)}, "prefix_kv must be a pair"),

@@ -221,7 +221,8 @@ def test_each_prompt_is_computed_once():
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compiled(family):
-    """With a tree and without one, in one graph."""
+    """With a tree and without one, in one graph. Traced, the attention is the composition; otherwise gemma2's heads of 16
+    take the compiled kernels, whose sums have another order."""
     model = tiny(family)
     enable_shared_prefix(model)
     tree, ids = PrefixTree.from_sequences(sequences(*batch("two")))
@@ -230,7 +231,7 @@ def test_compiled(family):
         for call in calls:
             torch.compiler.reset()
             compiled = torch.compile(model, backend="eager", fullgraph=True)
-            assert torch.equal(compiled(**call).logits, model(**call).logits)
+            torch.testing.assert_close(compiled(**call).logits, model(**call).logits, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("token_budget", [1, 20, 10_000])

@@ -108,6 +108,37 @@ static void ragged_tile(int64_t rows, const float* a, int64_t row_step, const fl
   tile<Product, ROWS, STEP>(a, row_step, b, steps, add, out, out_stride, columns);
 }
 
+// out[i, j] += (or, with ADD false, =) sum over k of a(i, k) b[k * b_step + j], for i in ROWS and j in VECTORS vectors,
+// where a(i, k) is a[i * a_step + k], or with COLUMNS a[k * a_step + i]. As `tile`, of operands that are not packed.
+template <bool COLUMNS, bool ADD, int ROWS, int VECTORS>
+static void strided_tile(int64_t rows, const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
+                         float* out, int64_t out_step) {
+  if constexpr (ROWS > 1) {
+    if (rows < ROWS) {
+      return strided_tile<COLUMNS, ADD, ROWS - 1, VECTORS>(rows, a, a_step, b, b_step, steps, out, out_step);
+    }
+  }
+  vfloat sum[ROWS][VECTORS] = {};
+  for (int64_t k = 0; k < steps; ++k) {
+    vfloat right[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) {
+      right[j] = load(b + k * b_step + j * LANES);
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      const vfloat left = splat(COLUMNS ? a + k * a_step + i : a + i * a_step + k);
+      for (int j = 0; j < VECTORS; ++j) {
+        sum[i][j] = fused(left, right[j], sum[i][j]);
+      }
+    }
+  }
+  for (int i = 0; i < ROWS; ++i) {
+    for (int j = 0; j < VECTORS; ++j) {
+      float* to = out + i * out_step + j * LANES;
+      store(to, ADD ? load(to) + sum[i][j] : sum[i][j]);
+    }
+  }
+}
+
 // low = a0 b0 a1 b1 ..., high goes on where low ends.
 static SDFT_ALWAYS_INLINE void interleave(vfloat a, vfloat b, vfloat& low, vfloat& high) {
 #if defined(__AVX512F__)

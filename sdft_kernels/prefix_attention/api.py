@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import _dispatch
 from .._checks import FLOAT_DTYPES, check_positive, check_tensors, operand_dtype
-from . import composition
+from . import composition, fused_native
 from .call import Options
 from .operators import SharedPrefixAttentionFunction
 from .parts import Scoring
@@ -17,7 +17,7 @@ from .planner import TILES
 from .reference import shared_prefix_attention_reference
 from .tree import PrefixTree
 
-IMPLEMENTATIONS = ("auto", "reference", "composition", "triton")
+IMPLEMENTATIONS = ("auto", "reference", "composition", "native", "triton")
 MAX_HEAD_SIZE = TILES[-1][0]
 
 
@@ -54,9 +54,9 @@ def shared_prefix_attention(
         window: number of keys a token sees, its own included, as in transformers; None is all.
         sinks: (Hq,) a logit per head that joins the denominator only (gpt-oss). Differentiable.
         return_lse: also return the log-sum-exp.
-        impl: ``"triton"`` (fused kernels: bf16 on CUDA), ``"composition"`` (a call for each segment and ancestor),
-            ``"reference"`` (materialises (Hq, T, P + T)), or ``"auto"``: the first that can run, and while
-            `torch.compile` traces the composition.
+        impl: ``"triton"`` (fused kernels: bf16 on CUDA), ``"native"`` (fused, compiled: fp32 and bf16 on CPU, D a
+            multiple of 16), ``"composition"`` (a call for each segment and ancestor), ``"reference"`` (materialises
+            (Hq, T, P + T)), or ``"auto"``: the first that can run, and while `torch.compile` traces the composition.
 
     Returns:
         (T, Hq, D) in the query's dtype; with `return_lse` also the (T, Hq) natural logarithm of the denominator, sink
@@ -95,18 +95,27 @@ def shared_prefix_attention(
 
 
 def _kernels(impl: str, query: Tensor) -> ModuleType:
-    """Who computes: Triton by name or, for "auto", where it runs on CUDA; else the composition.
+    """Who computes: by name, or for "auto" the fused kernels of the device, where they can; else the composition.
 
     `torch.compile` traces the composition whole but not the launches, so while it traces "auto" is the former.
     """
-    traced = impl == "auto" and (query.device.type != "cuda" or torch.compiler.is_compiling())
-    if impl == "composition" or traced:
+    fused = {"cpu": "native", "cuda": "triton"}.get(query.device.type)
+    name = fused if impl == "auto" else impl
+    if name in (None, "composition") or (impl == "auto" and torch.compiler.is_compiling()):
         return composition
-    why = _dispatch.why_not("triton", "shared_prefix_attention", query.device, query.dtype)
-    if impl == "triton" and why is not None:
-        raise RuntimeError(f"shared_prefix_attention(impl='triton') cannot run: {why}; use impl='auto'")
-    if why is not None:
+    why = _dispatch.why_not(name, "shared_prefix_attention", query.device, query.dtype)
+    if why is None and name == "native":
+        why = fused_native.why_not(query.shape[-1])
+    if why is None:
+        return _module(name)
+    if impl == "auto":
         return composition
+    raise RuntimeError(f"shared_prefix_attention(impl={impl!r}) cannot run: {why}; use impl='auto'")
+
+
+def _module(name: str) -> ModuleType:
+    if name == "native":
+        return fused_native
     from . import fused_triton
 
     return fused_triton

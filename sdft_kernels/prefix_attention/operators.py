@@ -15,8 +15,8 @@ from .call import Inputs, Options
 class SharedPrefixAttentionFunction(torch.autograd.Function):
     """(query, key, value, sinks, cached key, cached value, options, kernels) -> output and LSE, both differentiable.
 
-    `kernels` is `composition` or `fused_triton`. Saves the inputs, the output and the LSE: the probabilities are
-    computed again in backward.
+    `kernels` is `composition`, `fused_native` or `fused_triton`. Saves the inputs, the output and the LSE: the
+    probabilities are computed again in backward.
     """
 
     @staticmethod
