@@ -221,8 +221,11 @@ def test_each_prompt_is_computed_once():
 @pytest.mark.unpoisoned
 @pytest.mark.parametrize("family", ["llama", "gemma2"])
 def test_compiled(family):
-    """With a tree and without one, in one graph. Traced, the attention is the composition; otherwise gemma2's heads of 16
-    take the compiled kernels, whose sums have another order."""
+    """With a tree and without one, in one graph.
+
+    Traced, the attention is the composition; else gemma2's heads of 16 take the compiled kernels, which sum in another
+    order.
+    """
     model = tiny(family)
     enable_shared_prefix(model)
     tree, ids = PrefixTree.from_sequences(sequences(*batch("two")))
