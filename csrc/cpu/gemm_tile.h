@@ -53,6 +53,24 @@ struct Bf16PairProduct {
 };
 #endif
 
+// sum[i, j] += a[i * row_step + k * step] * b[k * b_step + j], over k in order.
+template <class Product, int ROWS, int VECTORS>
+SDFT_TARGET_BF16 SDFT_ALWAYS_INLINE void add_products(const float* a, int64_t row_step, int64_t step, const float* b,
+                                                      int64_t b_step, int64_t steps, vfloat (&sum)[ROWS][VECTORS]) {
+  for (int64_t k = 0; k < steps; ++k) {
+    vfloat right[VECTORS];
+    for (int j = 0; j < VECTORS; ++j) {
+      right[j] = load(b + k * b_step + j * LANES);
+    }
+    for (int i = 0; i < ROWS; ++i) {
+      const vfloat left = splat(a + i * row_step + k * step);
+      for (int j = 0; j < VECTORS; ++j) {
+        sum[i][j] = Product::add(left, right[j], sum[i][j]);
+      }
+    }
+  }
+}
+
 // out[i, j] = (or, with `add`, +=) sum over k of a[i * row_step + k * STEP] * b[k * TILE_COLUMNS + j], for i in ROWS
 // and j in `columns` <= TILE_COLUMNS. Each sum runs over k in order, by itself, so it is the same whatever ROWS is.
 template <class Product, int ROWS, int STEP>
@@ -64,18 +82,7 @@ SDFT_TARGET_BF16 static void tile(const float* a, int64_t row_step, const float*
     }
   }
   vfloat sum[ROWS][TILE_VECTORS] = {};
-  for (int64_t k = 0; k < steps; ++k) {
-    vfloat right[TILE_VECTORS];
-    for (int j = 0; j < TILE_VECTORS; ++j) {
-      right[j] = load(b + k * TILE_COLUMNS + j * LANES);
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      const vfloat left = splat(a + i * row_step + k * STEP);
-      for (int j = 0; j < TILE_VECTORS; ++j) {
-        sum[i][j] = Product::add(left, right[j], sum[i][j]);
-      }
-    }
-  }
+  add_products<Product>(a, row_step, STEP, b, TILE_COLUMNS, steps, sum);
   // Apart from the ragged case, so that the sums never leave the registers.
   if (columns >= TILE_COLUMNS) {
     for (int i = 0; i < ROWS; ++i) {
@@ -111,26 +118,15 @@ static void ragged_tile(int64_t rows, const float* a, int64_t row_step, const fl
 // out[i, j] += (or, with ADD false, =) sum over k of a(i, k) b[k * b_step + j], for i in ROWS and j in VECTORS vectors,
 // where a(i, k) is a[i * a_step + k], or with COLUMNS a[k * a_step + i]. As `tile`, of operands that are not packed.
 template <bool COLUMNS, bool ADD, int ROWS, int VECTORS>
-static void strided_tile(int64_t rows, const float* a, int64_t a_step, const float* b, int64_t b_step, int64_t steps,
-                         float* out, int64_t out_step) {
+SDFT_TARGET_BF16 static void strided_tile(int64_t rows, const float* a, int64_t a_step, const float* b, int64_t b_step,
+                                          int64_t steps, float* out, int64_t out_step) {
   if constexpr (ROWS > 1) {
     if (rows < ROWS) {
       return strided_tile<COLUMNS, ADD, ROWS - 1, VECTORS>(rows, a, a_step, b, b_step, steps, out, out_step);
     }
   }
   vfloat sum[ROWS][VECTORS] = {};
-  for (int64_t k = 0; k < steps; ++k) {
-    vfloat right[VECTORS];
-    for (int j = 0; j < VECTORS; ++j) {
-      right[j] = load(b + k * b_step + j * LANES);
-    }
-    for (int i = 0; i < ROWS; ++i) {
-      const vfloat left = splat(COLUMNS ? a + k * a_step + i : a + i * a_step + k);
-      for (int j = 0; j < VECTORS; ++j) {
-        sum[i][j] = fused(left, right[j], sum[i][j]);
-      }
-    }
-  }
+  add_products<Fp32Product>(a, COLUMNS ? 1 : a_step, COLUMNS ? a_step : 1, b, b_step, steps, sum);
   for (int i = 0; i < ROWS; ++i) {
     for (int j = 0; j < VECTORS; ++j) {
       float* to = out + i * out_step + j * LANES;

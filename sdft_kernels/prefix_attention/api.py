@@ -39,7 +39,8 @@ def shared_prefix_attention(
 
     Logits are softcap(scale * q.k), then masked. No key or value is repeated or copied per sequence. Given the same
     bits of query, key and value along a segment's path, its output has the same bits whatever the other segments are.
-    Memory beyond inputs, outputs and gradients: one segment's output in fp32, and for bf16 the gradients in fp32.
+    Memory beyond inputs, outputs and gradients: on CPU for a few threads once or twice the gradients of key and value,
+    and for bf16 all of them in fp32; of the composition one segment's output, and for bf16 the gradients, in fp32.
 
     Args:
         query: (T, Hq, D), fp32, bf16 or fp64; T packed tokens in the tree's order, D up to 256. Differentiable. Under
@@ -60,7 +61,7 @@ def shared_prefix_attention(
 
     Returns:
         (T, Hq, D) in the query's dtype; with `return_lse` also the (T, Hq) natural logarithm of the denominator, sink
-        included, in fp32 (fp64 for fp64), differentiable too (its gradient takes the plain blocks: slower).
+        included, in fp32 (fp64 for fp64), differentiable too (the composition's gradient takes plain blocks: slower).
 
     Raises:
         ValueError: an argument that does not fit; the message names it, its value and what was expected.

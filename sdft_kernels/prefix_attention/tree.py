@@ -134,8 +134,8 @@ class PrefixTree:
     @property
     def segments(self) -> Tensor:
         """(S, 3) int64: first packed row, tokens, and position of the first token of each segment."""
-        rows = list(zip(self.offsets, self.lengths, self.starts, strict=False))  # offsets: one more
-        return self._kept("segment rows", lambda: torch.tensor(rows, dtype=torch.int64).view(-1, 3))
+        rows = zip(self.offsets, self.lengths, self.starts, strict=False)  # offsets: one more
+        return self._kept("segment rows", lambda: torch.tensor(list(rows), dtype=torch.int64).view(-1, 3))
 
     def rows(self, sequence: int) -> Tensor:
         """(tokens of the sequence,) int64: the packed rows of sequence `sequence`, from its root to its leaf."""
