@@ -75,7 +75,7 @@ def draw(table: Table, path: Path) -> None:
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.set_xlabel("completions per prompt, R")
-    axis.set_ylabel("step, repeated over shared (dashed: predicted by FLOPs)")
+    axis.set_ylabel("speed-up of the step (dashed: predicted by FLOPs)")
     axis.set_ylim(bottom=0)
     axis.legend()
     figure.savefig(path, dpi=150)
