@@ -27,7 +27,8 @@ def why_not(head_size: int) -> str | None:
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """(T, Hq, D) in the query's dtype, and the (T, Hq) natural-log LSE in fp32."""
     operands = _operands(inputs, options)
-    out, lse = torch.empty(operands.query.shape), torch.empty(operands.query.shape[:2])
+    # Not torch.empty: whoever loads a model may have set a default dtype or device.
+    out, lse = (operands.query.new_empty(shape) for shape in (operands.query.shape, operands.query.shape[:2]))
     sinks = None if inputs.sinks is None else inputs.sinks.float().contiguous()
     _native.prefix_attention(operands, sinks, out, lse)
     return out.to(inputs.query.dtype), lse
@@ -39,8 +40,8 @@ def backward(
     """Gradients from the saved output and LSE, and the gradients of both (`grad_lse` may be None)."""
     operands, dtype = _operands(inputs, options), inputs.query.dtype
     parts = _parts(inputs.key.shape[1], len(operands.tiles))
-    partial = _native.on_huge_pages(torch.empty(parts, 2, *inputs.key.shape))
-    delta, grad_query = torch.empty(lse.shape), torch.empty(inputs.query.shape)
+    partial = _native.on_huge_pages(operands.key.new_empty((parts, 2, *inputs.key.shape)))
+    delta, grad_query = (operands.query.new_empty(shape) for shape in (lse.shape, inputs.query.shape))
     if grad_lse is not None:
         grad_lse = grad_lse.contiguous()
     _native.prefix_attention_backward(operands, out.float(), lse, grad.float(), grad_lse, delta, grad_query, partial)

@@ -39,8 +39,8 @@ struct Tile {
 // sets of the cache.
 struct Keys {
   float *key, *value;
-  int64_t first, count;  // packed row
-  int64_t position;      // of the first key in its sequence
+  int64_t first, count;  // first: its row among the packed or the cached ones
+  int64_t position;      // of the first in its sequence
   bool cached, masked;   // masked: not every row of the tile sees all of them
 };
 
@@ -82,13 +82,16 @@ void visit_keys(const PrefixAttention& call, const Tile& tile, int64_t key_head,
 void load_rows(const HeadRows& from, const Tile& tile, int64_t size, float scale, int64_t pitch, float* to,
                float* copy) {
   for (int64_t row = 0; row < tile.vectors * LANES; row += LANES) {
+    const float* rows[LANES];
+    for (int64_t i = 0; i < LANES; ++i) {
+      rows[i] = row + i < tile.rows ? from.at(tile.token_of(row + i), tile.head_of(row + i)) : nullptr;
+    }
     for (int64_t d = 0; d < size; d += LANES) {
       vfloat lines[LANES];
       for (int64_t i = 0; i < LANES; ++i) {
-        const int64_t r = row + i;
-        lines[i] = r < tile.rows ? load(from.at(tile.token_of(r), tile.head_of(r)) + d) * scale : vfloat{};
+        lines[i] = rows[i] != nullptr ? load(rows[i] + d) * scale : vfloat{};
         if (copy != nullptr) {
-          store(copy + r * size + d, lines[i]);
+          store(copy + (row + i) * size + d, lines[i]);
         }
       }
       transpose(lines);
@@ -103,14 +106,19 @@ void load_rows(const HeadRows& from, const Tile& tile, int64_t size, float scale
 void store_rows(const float* from, const Tile& tile, int64_t size, int64_t pitch, const float* factor, int64_t heads,
                 float* to) {
   for (int64_t row = 0; row < tile.rows; row += LANES) {
+    const int64_t count = tile.rows - row < LANES ? tile.rows - row : LANES;
+    float* rows[LANES];
+    for (int64_t i = 0; i < count; ++i) {
+      rows[i] = to + (tile.token_of(row + i) * heads + tile.head_of(row + i)) * size;
+    }
     for (int64_t d = 0; d < size; d += LANES) {
       vfloat lines[LANES];
       for (int64_t i = 0; i < LANES; ++i) {
         lines[i] = load(from + (d + i) * pitch + row) * load(factor + row);
       }
       transpose(lines);
-      for (int64_t i = 0; i < LANES && row + i < tile.rows; ++i) {
-        store(to + (tile.token_of(row + i) * heads + tile.head_of(row + i)) * size + d, lines[i]);
+      for (int64_t i = 0; i < count; ++i) {
+        store(rows[i] + d, lines[i]);
       }
     }
   }
