@@ -185,6 +185,11 @@ def test_which_calls_they_get(monkeypatch):
     assert "on CPU, not on cuda" in _dispatch.why_not("native", "shared_prefix_attention", "cuda:0") or (
         not _native.has_cuda_kernels()
     )
+    with monkeypatch.context() as patch:
+        patch.setattr(_dispatch, "_WHY_NOT_NATIVE", "not built")
+        assert api._kernels("auto", narrow.query) is composition
+        with pytest.raises(RuntimeError, match="cannot run: the compiled operators are not built"):
+            api._kernels("native", narrow.query)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
     assert api._kernels("auto", narrow.query) is composition
 
