@@ -79,9 +79,10 @@ def why_not(
         return f"the {_NAMES[impl]} row kernels of this op are not part of this release"
     if impl not in _NAMES:
         return None
-    device = _device(device)
-    runs = _why_not_native if impl == "native" else _why_not_triton
-    return runs(device, dtype) or (_why_not_attention(impl, device, dtype) if op == "shared_prefix_attention" else None)
+    device, attends = _device(device), op == "shared_prefix_attention"
+    if impl == "native":
+        return (_why_not_native_attention(device, dtype) if attends else None) or _why_not_native(device, dtype)
+    return _why_not_triton(device, dtype) or (_why_not_triton_attention(device, dtype) if attends else None)
 
 
 def _why_not_native(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -110,13 +111,15 @@ def _why_not_triton(device: torch.device, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _why_not_attention(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Triton's fp32 products without TF32 spill 5 KiB a thread at tiles of 64 x 32, D = 128 (sm_90)."""
-    if impl == "triton":
-        return "on CUDA its kernels are bf16 only" if device.type == "cuda" and dtype != torch.bfloat16 else None
+def _why_not_native_attention(device: torch.device, dtype: torch.dtype) -> str | None:
     if device.type != "cpu":
         return f"its kernels run on CPU, not on {device.type}"
     return "its kernels sum in fp32, which is not enough for fp64" if dtype == torch.float64 else None
+
+
+def _why_not_triton_attention(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Triton's fp32 products without TF32 spill 5 KiB a thread at tiles of 64 x 32, D = 128 (sm_90)."""
+    return "on CUDA its kernels are bf16 only" if device.type == "cuda" and dtype != torch.bfloat16 else None
 
 
 def available(op: str = "linear_divergence") -> dict[str, str]:

@@ -114,12 +114,22 @@ def test_bits_do_not_depend_on_threads_but_for_sums_over_parts(threads):
 
 
 @pytest.mark.parametrize(
-    ("key_heads", "threads", "tiles", "parts"),
-    [(3, 2, 50, 2), (1, 2, 50, 2), (8, 2, 50, 1), (9, 2, 50, 1), (3, 1, 50, 1), (3, 16, 50, 5), (1, 16, 4, 4)],
+    ("heads", "threads", "tiles", "parts"),
+    [
+        ((9, 3), 2, 50, 2),
+        ((9, 3), 1, 50, 1),
+        ((9, 3), 16, 50, 5),
+        ((4, 1), 2, 50, 2),
+        ((4, 1), 16, 4, 4),  # no more than tiles
+        ((4, 1), 64, 50, 8),  # four times the query
+        ((1, 1), 64, 50, 2),
+        ((32, 8), 2, 50, 1),
+        ((9, 9), 2, 50, 1),
+    ],
 )
-def test_parts_of_a_backward_pass(key_heads, threads, tiles, parts, monkeypatch):
+def test_parts_of_a_backward_pass(heads, threads, tiles, parts, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    assert fused_native._parts(key_heads, tiles) == parts
+    assert fused_native._parts(*heads, tiles) == parts
 
 
 def test_strides():
@@ -182,9 +192,7 @@ def test_which_calls_they_get(monkeypatch):
         assert api._kernels("auto", case.query) is composition
         with pytest.raises(RuntimeError, match=rf"shared_prefix_attention\(impl='native'\) cannot run: .*{why}"):
             api._kernels("native", case.query)
-    assert "on CPU, not on cuda" in _dispatch.why_not("native", "shared_prefix_attention", "cuda:0") or (
-        not _native.has_cuda_kernels()
-    )
+    assert "on CPU, not on cuda" in _dispatch.why_not("native", "shared_prefix_attention", "cuda:0")
     with monkeypatch.context() as patch:
         patch.setattr(_dispatch, "_WHY_NOT_NATIVE", "not built")
         assert api._kernels("auto", narrow.query) is composition

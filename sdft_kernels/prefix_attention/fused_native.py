@@ -39,7 +39,7 @@ def backward(
 ) -> Grads:
     """Gradients from the saved output and LSE, and the gradients of both (`grad_lse` may be None)."""
     operands, dtype = _operands(inputs, options), inputs.query.dtype
-    parts = _parts(inputs.key.shape[1], len(operands.tiles))
+    parts = _parts(inputs.query.shape[1], inputs.key.shape[1], len(operands.tiles))
     partial = _native.on_huge_pages(operands.key.new_empty((parts, 2, *inputs.key.shape)))
     delta, grad_query = (operands.query.new_empty(shape) for shape in (lse.shape, inputs.query.shape))
     if grad_lse is not None:
@@ -49,13 +49,15 @@ def backward(
     return Grads(grad_query.to(dtype), grad_key, grad_value, grad_of_sinks(inputs.sinks, lse, delta))
 
 
-def _parts(key_heads: int, tiles: int) -> int:
+def _parts(heads: int, key_heads: int, tiles: int) -> int:
     """Into how many parts, each with buffers for the gradients of keys and values, a backward pass cuts its tiles.
 
-    The fewest whose pieces, one for each part and key head, keep the threads busy: 2 for 3 key heads on 2 threads.
+    The fewest whose pieces, one for each part and key head, keep the threads busy: 2 for 3 key heads on 2 threads. At
+    most two for each query head that shares a key head: all buffers are then at most four times the query.
     """
     threads, parts = torch.get_num_threads(), 1
-    while parts < tiles and parts * key_heads < EVENNESS * threads * -(-parts * key_heads // threads):
+    most = min(tiles, 2 * heads // key_heads)
+    while parts < most and parts * key_heads < EVENNESS * threads * -(-parts * key_heads // threads):
         parts += 1
     return parts
 
