@@ -161,6 +161,46 @@ def test_heads_that_cannot_be_fused_are_refused():
         head_kwargs(t5)
 
 
+@pytest.mark.parametrize("name", ["Llava", "Gemma3"])
+def test_a_multimodal_model_is_refused_and_its_text_model_accepted(name):
+    text = dict(SIZES, sliding_window=4, layer_types=["sliding_attention", "full_attention"])
+    vision = dict(
+        hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    if name == "Llava":
+        text, vision = transformers.LlamaConfig(**SIZES), transformers.CLIPVisionConfig(**vision)
+    config = getattr(transformers, f"{name}Config")(text_config=text, vision_config=vision)
+    model = getattr(transformers, f"{name}ForConditionalGeneration")(config).eval()
+    for check in (head_kwargs, verify_head):
+        with pytest.raises(ValueError, match="is multimodal: pass the text model, text = ") as caught:
+            check(model)
+    recipe = str(caught.value).split("the text model, ")[1]
+    cls = recipe.split("(")[0].removeprefix("text = ")
+    names = {"model": model, cls: getattr(transformers, cls)}
+    exec(recipe, names)  # noqa: S102 - the message is the advice, and this is it taken
+    text_model = names["text"].eval()
+    verify_head(text_model)
+    ids = torch.randint(3, 97, (1, 9))
+    with torch.no_grad():
+        assert torch.equal(text_model(input_ids=ids).logits, model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("window", [1, 2])
+def test_a_model_that_is_not_causal_is_refused(window):
+    """Each token would be predicted from itself, with a loss that looks fine."""
+    model = tiny("llama")
+    forward = model.model.forward
+
+    def looks_ahead(*args, **kwargs):
+        out = forward(*args, **kwargs)
+        out.last_hidden_state = out.last_hidden_state + 0.01 * out.last_hidden_state.roll(-window, dims=1)
+        return out
+
+    model.model.forward = looks_ahead
+    with pytest.raises(ValueError, match="LlamaForCausalLM is not causal"):
+        verify_head(model)
+
+
 def test_sharded_head_is_refused():
     import torch.distributed as dist
     from torch.distributed.tensor import DTensor, Replicate, init_device_mesh

@@ -120,8 +120,8 @@ def head_kwargs(model: nn.Module, side: Literal["student", "teacher"] = "student
         `{side}_weight` (V, H), `{side}_bias` (V,) or None, `{side}_logit_scale` float, `{side}_softcap` float or None.
 
     Raises:
-        ValueError: an encoder-decoder, a head that is not one plain `nn.Linear`, logit post-processing that is not
-            known, a sharded (DTensor), empty or quantised head weight.
+        ValueError: an encoder-decoder, a multimodal model, a head that is not one plain `nn.Linear`, logit
+            post-processing that is not known, a sharded (DTensor), empty or quantised head weight.
         NotImplementedError: LoRA on the head, prompt-learning PEFT.
     """
     if side not in ("student", "teacher"):
@@ -139,6 +139,7 @@ def head_spec(model: nn.Module) -> HeadSpec:
         raise ValueError(f"model must be a transformers causal language model, got {name}")
     if getattr(config, "is_encoder_decoder", False):
         raise ValueError(f"{name} is an encoder-decoder; SDFT needs a causal (decoder-only) language model")
+    _refuse_multimodal(base, config)
     head = base.get_output_embeddings()
     _check_head_module(base, head)
     scale, softcap = _post_processing(base, config)
@@ -154,6 +155,25 @@ def refuse_prompt_learning(model: nn.Module) -> None:
                 f"{type(adapter).__name__} prepends virtual tokens, which shift every position; use LoRA on the "
                 "backbone instead"
             )
+
+
+def _refuse_multimodal(base: Any, config: Any) -> None:
+    """Raise for a model around a text model, whose images, audio or video no batch here carries."""
+    text = config.get_text_config()
+    if text is config:
+        return
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    name = type(base).__name__
+    causal = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(text), None)
+    known = causal is not None and causal is not type(base)
+    fix = (
+        f"text = {causal.__name__}(model.config.get_text_config()); text.{causal.base_model_prefix} = "
+        "model.get_decoder(); text.set_output_embeddings(model.get_output_embeddings())"
+        if known
+        else "its text-only ...ForCausalLM class"
+    )
+    raise ValueError(f"{name} wraps a text model ({text.model_type}) and is multimodal: pass the text model, {fix}")
 
 
 def _check_head_module(base: nn.Module, head: Any) -> None:
@@ -180,7 +200,7 @@ def _post_processing(base: nn.Module, config: Any) -> tuple[float, float | None]
     model_type, name = getattr(text, "model_type", ""), type(base).__name__
     if model_type in REFUSED_FAMILIES:
         raise ValueError(f"the head of {name} cannot be fused: {REFUSED_FAMILIES[model_type]}")
-    scale, softcap, found = 1.0, None, []
+    scale, softcap = 1.0, None
     for attribute, value in _logit_attributes(text).items():
         if (how := SCALE_RULES.get(attribute, {}).get(model_type)) is not None:
             scale = scale * float(value) if how == "multiply" else scale / float(value)
@@ -192,12 +212,6 @@ def _post_processing(base: nn.Module, config: Any) -> tuple[float, float | None]
                 "known: compute the head's arguments by hand (student_logit_scale=, student_softcap=), or report the "
                 "model so that its rule can be added to sdft_kernels/models/head.py"
             )
-        found.append(attribute)
-    if found and text is not config:
-        raise ValueError(
-            f"{name} wraps a text model with {', '.join(found)}, and multimodal wrappers differ in whether they apply "
-            "it; pass its text-only ...ForCausalLM model"
-        )
     if getattr(base, "final_logits_bias", None) is not None:
         raise ValueError(f"{name} adds final_logits_bias to its logits; that is not supported")
     return scale, softcap
@@ -235,17 +249,17 @@ def _check_weight(weight: Tensor, name: str) -> None:
 
 @torch.no_grad()
 def verify_head(model: nn.Module, rtol: float | None = None) -> None:
-    """Compare hidden states and `head_spec` with the model's own logits on four tokens.
+    """Compare hidden states and `head_spec` with the model's own logits on four tokens, and two of them alone.
 
     The rules above read configurations; a model with code of its own (`trust_remote_code`) can do anything. This is
-    the check that catches it: one forward of four tokens, in eval mode, restored afterwards.
+    the check that catches it: three forwards of at most four tokens, in eval mode, restored afterwards.
 
     Args:
         model: as in `head_kwargs`.
         rtol: allowed max |difference| over max |logit|; default 1e-4 in fp32 and wider, 0.03 in 16 bit.
 
     Raises:
-        ValueError: the logits differ.
+        ValueError: the logits differ; a token's hidden state depends on the tokens after it.
     """
     spec, base = head_spec(model), unwrap_peft(model)
     with evaluation_mode(base):
@@ -253,6 +267,7 @@ def verify_head(model: nn.Module, rtol: float | None = None) -> None:
         ids = (torch.arange(1, 5, device=spec.weight.device) * 7919 % vocabulary)[None]
         expected = base(input_ids=ids, use_cache=False).logits.float()
         hidden = hidden_states(model, ids)
+        beginning = hidden_states(model, ids[:, :2])
         logits = nn.functional.linear(hidden.to(spec.weight.dtype), spec.weight, spec.bias).float() * spec.logit_scale
         if spec.softcap is not None:
             logits = spec.softcap * torch.tanh(logits / spec.softcap)
@@ -261,9 +276,20 @@ def verify_head(model: nn.Module, rtol: float | None = None) -> None:
         raise ValueError(
             f"{type(base).__name__} gives logits of shape {tuple(expected.shape)}, its head {tuple(logits.shape)}"
         )
-    error = ((expected - logits).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
+    error = _relative(logits, expected)
     if not error <= rtol:
         raise ValueError(
             f"{type(base).__name__} does something between its head and its logits that is not known here (relative "
             f"difference {error:.1e}, allowed {rtol:.0e}); its loss cannot be fused"
         )
+    seen = _relative(beginning.float(), hidden[:, :2].float())
+    if not seen <= rtol:
+        raise ValueError(
+            f"{type(base).__name__} is not causal: the hidden states of two tokens change with the tokens after them "
+            f"(relative difference {seen:.1e}, allowed {rtol:.0e}), so that each token would be predicted from itself; "
+            "pass a decoder-only model (of some configurations: is_decoder=True)"
+        )
+
+
+def _relative(actual: Tensor, expected: Tensor) -> float:
+    return ((expected - actual).abs().max() / expected.abs().max().clamp(min=1e-30)).item()
