@@ -21,6 +21,10 @@ if importlib.util.find_spec("triton") is not None and not torch.cuda.is_availabl
     importlib.import_module("sdft_kernels.prefix_attention.fused_triton")
     del os.environ["TRITON_INTERPRET"]
 
+# Cached by torch at its first use: it must hold the allocators themselves, not those that a test has patched, or
+# `torch.device("meta")` has no effect on them afterwards.
+importlib.import_module("torch.utils._device")._device_constructors()
+
 THREADS = 1  # tiny tensors: a second thread only waits at barriers, for minutes if the machine is busy
 
 

@@ -7,6 +7,9 @@ import pytest
 import torch
 
 from sdft_kernels.distill import DistillBatch, SDFTConfig, SDFTTrainer, SelfDistiller, rollouts
+from sdft_kernels.models import enable_shared_prefix
+from sdft_kernels.models.attention_hook import is_hooked
+from sdft_kernels.models.dropout import disable_dropout
 from sdft_kernels.prefix_attention import PrefixCache
 from sdft_kernels.testing import relative_error
 
@@ -152,6 +155,77 @@ def test_attention_dropout_in_training_runs_separately():
     model.train()
     with pytest.raises(ValueError, match="attention dropout"):
         SelfDistiller(model, "live", share_prefix=True)(draw())
+
+
+def gpt2():
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(
+        GPT2Config(vocab_size=29, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=1, eos_token_id=1)
+    )
+
+
+def test_dropout_that_gpt2_has_by_default(caplog):
+    model = gpt2().train()
+    with caplog.at_level(logging.INFO, logger="sdft_kernels"):
+        distiller, out, _ = run(model, draw(), teacher="frozen", prefix_cache=0)
+        distiller(draw())
+    assert caplog.text.count("GPT2LMHeadModel has attention dropout in training") == 1
+    teacher_only = out.metrics["tokens_saved"]
+    disable_dropout(model)
+    assert run(model, draw(), teacher="frozen", prefix_cache=0)[1].metrics["tokens_saved"] > teacher_only > 0
+    with pytest.raises(ValueError, match="attention dropout 0.1 in training"):
+        run(gpt2().train(), draw(), share_prefix=True)
+
+
+def test_a_rate_that_only_the_configuration_has_stops_nothing():
+    """`disable_dropout` leaves the configuration alone, which layers read when they are built."""
+    model = tiny.model(attention_dropout=0.1)
+    disable_dropout(model)
+    assert model.config.attention_dropout == 0.1
+    _, out, _ = run(model.train(), draw(), teacher="live")
+    _, expected, _ = run(tiny.model().train(), draw(), teacher="live")
+    assert torch.equal(out.loss, expected.loss) and out.metrics["tokens_saved"] == expected.metrics["tokens_saved"] > 0
+
+
+def test_a_packed_pass_that_fails_in_mid_run_is_computed_separately(caplog):
+    """A rate in a place where no one looks for it: the attention function sees it."""
+    model = tiny.model().train()
+    expected = run(model, draw(), teacher="live", share_prefix=False)[1].tokens.student_logprob
+    distiller = SelfDistiller(model, "live", skip_first_tokens=0)
+    strict = SelfDistiller(model, "live", skip_first_tokens=0, share_prefix=True)
+    attention = type(model.model.layers[0].self_attn)
+    rates = property(lambda self: 1e-9 if self.training else 0.0, lambda self, value: None)
+    with pytest.MonkeyPatch.context() as patch:
+        for layer in model.model.layers:
+            del layer.self_attn.attention_dropout
+        patch.setattr(attention, "attention_dropout", rates, raising=False)
+        with caplog.at_level(logging.INFO, logger="sdft_kernels"):
+            first, again = distiller(draw()), distiller(draw())
+        with pytest.raises(ValueError, match="attention dropout"):
+            strict(draw())
+    assert caplog.text.count("attention dropout 1e-09 in training") == 1 and not distiller.passes.shares
+    assert again.metrics["tokens_saved"] == 0
+    torch.testing.assert_close(first.tokens.student_logprob, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_where_the_teacher_cannot_share_the_student_is_as_it_was():
+    from transformers import StableLmConfig, StableLmForCausalLM
+
+    student = tiny.model()
+    sizes = {name: getattr(student.config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    teacher = StableLmForCausalLM(StableLmConfig(**sizes, num_attention_heads=4, num_key_value_heads=4))
+    teacher.requires_grad_(False)
+    distiller = SelfDistiller(student, teacher)
+    assert not distiller.passes.shares
+    assert student.config._attn_implementation == teacher.config._attn_implementation == "sdpa"
+    with pytest.raises(RuntimeError, match="only 0 of 2 layers"):
+        SelfDistiller(student, teacher, share_prefix=True)
+    assert student.config._attn_implementation == "sdpa"
+    enable_shared_prefix(student)
+    SelfDistiller(student, teacher)
+    assert is_hooked(student.config._attn_implementation)  # the caller's own
 
 
 def test_a_cache_without_sharing_is_refused():

@@ -112,10 +112,14 @@ def test_what_is_not_shared(tokens):
     assert hidden(one, completion_mask=torch.zeros_like(hole)) is None
     assert hidden(one, prompt_mask=torch.zeros_like(one["prompt_mask"])) is None
     assert hidden(tiny.batch()) is None
-    model.config.attention_dropout = 0.1
+    model.config.attention_dropout = 0.1  # which no layer reads after it was built
     assert hidden(one) is not None
     model.train()
+    assert hidden(one) is not None
+    model.model.layers[1].self_attn.attention_dropout = 0.1
     assert hidden(one) is None
+    model.eval()
+    assert hidden(one) is not None
 
 
 def test_share_prefix_is_an_option_of_both(tmp_path, tokens, caplog, monkeypatch):

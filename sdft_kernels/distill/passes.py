@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,6 +13,8 @@ from torch import Tensor, nn
 from sdft_kernels.distill.batch import TokenIds
 from sdft_kernels.distill.teacher import Teacher
 from sdft_kernels.models import completion_hidden_states, enable_shared_prefix, packed_hidden_states
+from sdft_kernels.models.attention_hook import CannotShareError
+from sdft_kernels.models.dropout import attention_drops
 from sdft_kernels.models.flops import Group, step_flops
 from sdft_kernels.models.hidden import unwrap_peft
 from sdft_kernels.models.shared_prefix import PassCounts
@@ -21,6 +25,7 @@ logger = logging.getLogger(__name__)
 DEFAULT_CACHE_BYTES = 2**30
 # Of the tokens. Where there is less to share, sequences side by side in a padded batch are as fast and simpler.
 LEAST_SAVED = 0.1
+SEPARATELY = "prefixes are computed once per completion: %s"
 UNCHANGING = ("frozen", "model")  # kinds of teachers whose keys and values stay right from step to step
 
 
@@ -119,8 +124,17 @@ class Passes:
             self.counts.add(computed=separate, separate=separate)
             return completion_hidden_states(model, prompts, completions, token_budget=self.token_budget)
         groups = _grouped(prompts, completions)
+        try:
+            pieces = packed_hidden_states(
+                model, *groups, cache=cache, token_budget=self.token_budget, counts=self.counts
+            )
+        except CannotShareError as error:  # what neither the check at the start nor `_way` foresaw
+            if self.required:
+                raise
+            _say_once(str(error))
+            self.shares, self.cache = False, None
+            return self._states(side, model, prompts, completions, None)
         self._groups[side] = [(len(p), [len(c) for c in members]) for p, members in zip(*groups, strict=True)]
-        pieces = packed_hidden_states(model, *groups, cache=cache, token_budget=self.token_budget, counts=self.counts)
         return torch.cat([piece for group in pieces for piece in group])
 
     def _way(
@@ -133,9 +147,9 @@ class Passes:
         """Whether the pass is packed, and with which cache."""
         if not self.shares or not any(map(len, completions)):
             return False, None
-        dropout = getattr(unwrap_peft(model).config, "attention_dropout", 0.0)
-        if dropout and model.training and not self.required:
-            return False, None  # the attention over a tree has none
+        if not self.required and attention_drops(model):  # the attention over a tree has none
+            _say_once(f"{type(unwrap_peft(model)).__name__} has attention dropout in training")
+            return False, None
         if cache is not None and not _one_prompt_each(prompts, completions):
             return True, cache
         if tree_saves(prompts, completions):
@@ -147,23 +161,36 @@ def enable_sharing(models: Iterable[nn.Module], share_prefix: bool | None) -> bo
     """Whether passes are to share prefixes; enables every model for it (`enable_shared_prefix`).
 
     Args:
-        models: student and teacher, which may be one.
+        models: student and teacher, which may be one. Where one cannot share, the others have the attention
+            implementation that they had.
         share_prefix: True: or raise. None: where all models allow it, else not, with the reason logged. False: not.
 
     Raises:
-        ValueError, NotImplementedError: a model that cannot, with share_prefix=True.
+        Exception: what `enable_shared_prefix` raised of a model that cannot, with share_prefix=True.
     """
     if share_prefix is False:
         return False
+    before: list[tuple[Any, str]] = []
     try:
         for model in {id(unwrap_peft(model)): model for model in models}.values():
+            base: Any = unwrap_peft(model)
+            before.append((base, getattr(getattr(base, "config", None), "_attn_implementation", "")))
             enable_shared_prefix(model)
-    except (ValueError, NotImplementedError) as error:
+    # Whatever a model's own code raises on a packed row: separate sequences ask for nothing but its plain forward.
+    except Exception as error:
+        for base, implementation in before[:-1]:  # the last one is as it was
+            base.set_attn_implementation(implementation)
         if share_prefix:
             raise
-        logger.info("prefixes are computed once per completion: %s", error)
+        logger.info(SEPARATELY, error or type(error).__name__)
         return False
     return True
+
+
+@functools.lru_cache(maxsize=64)
+def _say_once(reason: str) -> None:
+    """Log, once for each reason, why the sequences of a pass are computed separately."""
+    logger.info(SEPARATELY, reason)
 
 
 def tree_saves(prompts: Sequence[TokenIds], completions: Sequence[TokenIds]) -> bool:

@@ -32,6 +32,7 @@ from sdft_kernels.distill.rollouts import (
 )
 from sdft_kernels.distill.running import RunningMetrics
 from sdft_kernels.models import context_length, verify_head
+from sdft_kernels.models.dropout import disable_dropout
 
 TEACHER_FILE = "teacher.safetensors"
 Rows = list[dict[str, Any]]
@@ -356,15 +357,7 @@ def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tup
         from peft import get_peft_model
 
         model = get_peft_model(model, peft_config)
-    if args.disable_dropout:
-        _disable_dropout(model)
     verify_head(model)  # before the Trainer makes a folder
+    if args.disable_dropout:
+        disable_dropout(model)
     return model, tokenizer
-
-
-def _disable_dropout(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        elif isinstance(getattr(module, "attention_dropout", None), float):
-            setattr(module, "attention_dropout", 0.0)  # noqa: B010

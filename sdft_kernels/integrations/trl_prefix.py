@@ -10,6 +10,7 @@ from torch import Tensor
 from sdft_kernels.distill.passes import tree_saves
 from sdft_kernels.models import enable_shared_prefix, packed_hidden_states
 from sdft_kernels.models.attention_hook import is_hooked
+from sdft_kernels.models.dropout import attention_drops
 from sdft_kernels.models.hidden import unwrap_peft
 
 
@@ -24,8 +25,7 @@ def shared_completion_hidden(model: Any, input_ids: Tensor, attention_mask: Tens
     Returns:
         (B * length, H), zeros at padding; None where it would save little or cannot be: then whole sequences are right.
     """
-    config = unwrap_peft(model).config
-    if getattr(config, "attention_dropout", 0.0) and model.training:
+    if attention_drops(model):
         return None  # the attention over a tree has none
     seen = attention_mask.bool().cpu()
     ids = input_ids.cpu()
@@ -37,7 +37,7 @@ def shared_completion_hidden(model: Any, input_ids: Tensor, attention_mask: Tens
     completions = [row[:n].tolist() for row, n in zip(ids[:, -length:], lengths, strict=True)]
     if not tree_saves(prompts, completions):
         return None
-    if not is_hooked(config._attn_implementation):  # a teacher that was put in place later
+    if not is_hooked(unwrap_peft(model).config._attn_implementation):  # a teacher that was put in place later
         enable_shared_prefix(model)
     groups = packed_hidden_states(model, prompts, [[completion] for completion in completions])
     hidden = torch.cat([piece for group in groups for piece in group])

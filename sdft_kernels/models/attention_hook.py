@@ -27,6 +27,10 @@ NAME = "sdft_shared_prefix"
 _stock_of: dict[str, str] = {}  # registered name -> the implementation behind it
 
 
+class CannotShareError(ValueError):
+    """A packed pass that would give other numbers than separate sequences; those are right."""
+
+
 class Group(NamedTuple):
     """Consecutive tokens of a packed row.
 
@@ -189,30 +193,34 @@ def _refuse(
     """Raise where a tree would give other numbers than the stock path, one sequence at a time."""
     name = type(module).__name__
     if attention_mask is None or attention_mask.shape != (1, 1, 1, 1):
-        raise ValueError(
+        raise CannotShareError(
             "a packed row has no padding and takes no attention_mask (left-padded prompts: strip the padding), and no "
             "cache: pass the keywords of shared_prefix_kwargs(tree) unchanged"
         )
     if query.shape[0] != 1 or query.shape[2] != key.shape[2]:
-        raise ValueError(
+        raise CannotShareError(
             f"{name}: a packed row is one sequence without past_key_values, input_ids (1, T); got a batch of "
             f"{query.shape[0]}, {query.shape[2]} queries and {key.shape[2]} keys"
         )
     if options.get("dropout"):
-        raise ValueError(
+        raise CannotShareError(
             f"{name} has attention dropout {options['dropout']} in training, which shared prefixes do not support: "
             "load the model with attention_dropout=0.0"
         )
     if options.get("output_attentions"):
-        raise ValueError("output_attentions is not supported with shared prefixes, which never form the probabilities")
+        raise CannotShareError(
+            "output_attentions is not supported with shared prefixes, which never form the probabilities"
+        )
     if options.get("is_causal") is False or getattr(module, "is_causal", True) is False:
-        raise ValueError(f"{name} is not causal; a prefix can be shared only where no token sees the tokens after it")
+        raise CannotShareError(
+            f"{name} is not causal; a prefix can be shared only where no token sees the tokens after it"
+        )
     if options.get("position_bias") is not None:
-        raise ValueError(f"{name} adds a position bias to its scores, which shared prefixes do not support")
+        raise CannotShareError(f"{name} adds a position bias to its scores, which shared prefixes do not support")
     if getattr(module, "layer_idx", None) is None:
-        raise ValueError(f"{name} has no layer_idx, by which a layer's cached keys are found")
+        raise CannotShareError(f"{name} has no layer_idx, by which a layer's cached keys are found")
     if options.get("sliding_window") is None and has_window(module.config, cast(int, module.layer_idx)):
-        raise ValueError(
+        raise CannotShareError(
             f"{name} is a sliding-window layer but hides its window from the attention function: this model is not "
             "supported; do not enable shared prefixes for it"
         )

@@ -35,16 +35,27 @@ def backbone(model: nn.Module) -> nn.Module:
     """
     base = unwrap_peft(model)
     inner: nn.Module = getattr(base, "base_model", base)
+    if inner is base:  # Llama 4 and Mllama, whose prefix is that of their multimodal classes
+        inner = getattr(base, "model", base)
     if inner is base:
         raise ValueError(f"{type(base).__name__} has no backbone (base_model) apart from its head")
     return inner
 
 
-@contextlib.contextmanager
-def evaluation_mode(module: nn.Module) -> Iterator[None]:
+def evaluation_mode(module: nn.Module) -> contextlib.AbstractContextManager[None]:
     """Every submodule in eval mode, each restored to its own mode afterwards."""
+    return _mode(module, training=False)
+
+
+def training_mode(module: nn.Module) -> contextlib.AbstractContextManager[None]:
+    """Every submodule in train mode, each restored to its own mode afterwards."""
+    return _mode(module, training=True)
+
+
+@contextlib.contextmanager
+def _mode(module: nn.Module, *, training: bool) -> Iterator[None]:
     modes = [(child, child.training) for child in module.modules()]
-    module.eval()
+    module.train(training)
     try:
         yield
     finally:

@@ -61,17 +61,19 @@ def enable_shared_prefix(model: nn.Module, *, verify: bool = True) -> None:
         ValueError: a model whose prefixes cannot be shared (linear-attention, state-space and convolution layers,
             encoder-decoders, multimodal wrappers, bidirectional attention); hidden states that differ.
         NotImplementedError: prompt-learning PEFT.
+        Exception: whatever a model's own code raises in the passes of `verify`. After any error the model has the
+            attention implementation that it had.
     """
     check_model(model)
     base: Any = unwrap_peft(model)
     before = base.config._attn_implementation
-    base.set_attn_implementation(register(stock_implementation(before)))
-    if verify:
-        try:
+    try:
+        base.set_attn_implementation(register(stock_implementation(before)))
+        if verify:
             verify_shared_prefix(model)
-        except Exception:
-            base.set_attn_implementation(before)
-            raise
+    except BaseException:
+        base.set_attn_implementation(before)
+        raise
 
 
 def disable_shared_prefix(model: nn.Module) -> None:
@@ -279,4 +281,4 @@ def _check_input(prompts: Sequence[TokenIds], completions: Sequence[Sequence[Tok
 
 
 def _hidden_size(model: nn.Module) -> int:
-    return int(unwrap_peft(model).config.hidden_size)
+    return int(unwrap_peft(model).get_output_embeddings().weight.shape[1])
