@@ -194,7 +194,7 @@ def test_a_setting_falls_back_and_says_so_once(caplog):
     ("make", "reason"),
     [
         (lambda: prefix_models.tiny("llama", rope_parameters={"rope_type": "dynamic", "factor": 2.0,
-            "rope_theta": 1e4}, max_position_embeddings=8), "dynamic rope changes"),
+            "rope_theta": 1e4}, max_position_embeddings=8), "other frequencies for 8 tokens than for 9"),
         (lambda: _mamba(), "layers other than full and sliding-window attention"),
         (lambda: torch.nn.Linear(2, 2), "Linear is no transformers model"),
     ],

@@ -9,13 +9,11 @@ from prefix_models import VOCABULARY, batch, tiny
 transformers = pytest.importorskip("transformers")
 
 from sdft_kernels.models import (  # noqa: E402
-    completion_hidden_states,
     disable_shared_prefix,
     enable_shared_prefix,
     packed_hidden_states,
     shared_prefix_kwargs,
 )
-from sdft_kernels.models.prefix_support import check_positions  # noqa: E402
 from sdft_kernels.prefix_attention import PrefixCache, PrefixTree  # noqa: E402
 
 BASE = dict(
@@ -213,45 +211,3 @@ def test_prompt_learning():
     model = peft.get_peft_model(tiny("llama"), peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2))
     with pytest.raises(NotImplementedError, match="virtual tokens"):
         enable_shared_prefix(model)
-
-
-def rope_model(kind):
-    rope = dict(rope_type=kind, rope_theta=10000.0, factor=4.0)
-    if kind == "longrope":
-        rope |= dict(short_factor=[1.0] * 4, long_factor=[3.0] * 4, original_max_position_embeddings=12)
-        return tiny("phi3", 64, max_position_embeddings=48, original_max_position_embeddings=12, rope_parameters=rope)
-    return tiny("llama", max_position_embeddings=12, rope_parameters=rope)
-
-
-def test_rope_that_depends_on_the_longest_sequence():
-    """Phi-3's long contexts: all sequences of a pass on one side of the limit are right, a mixture would not be."""
-    model = rope_model("longrope")
-    enable_shared_prefix(model)
-    short, long = list(range(1, 6)), list(range(1, 16))
-    good = [([short], [[[1, 2], [3, 4, 5]]]), ([long], [[[1, 2], [3, 4, 5]]])]
-    for prompts, completions in good:
-        wanted = completion_hidden_states(model, prompts * 2, completions[0])
-        torch.testing.assert_close(torch.cat(packed_hidden_states(model, prompts, completions)[0]), wanted)
-    mixed = ([short, long], [[[1, 2]], [[3, 4]]])
-    with pytest.raises(ValueError, match=r"longrope.*beyond 12 tokens.*6 and 16.*one side of 12"):
-        packed_hidden_states(model, *mixed)
-    crossing = (
-        [list(range(1, 12))],
-        [[[1, 2, 3, 4, 5]]],
-    )  # the prefix alone on one side, with a completion on the other
-    with torch.no_grad(), pytest.raises(ValueError, match="longrope"):
-        packed_hidden_states(model, *crossing, cache=PrefixCache(10**6))
-    packed_hidden_states(model, *crossing)
-    # Control: what the mixture would have given.
-    apart = completion_hidden_states(model, mixed[0][:1], mixed[1][0])
-    together = completion_hidden_states(model, [short, long], [[1, 2], [3, 4]], token_budget=10**6)[:2]
-    assert (apart - together).abs().max() > 1e-3
-
-
-def test_dynamic_rope():
-    model = rope_model("dynamic")
-    enable_shared_prefix(model)
-    packed_hidden_states(model, [[1, 2, 3]], [[[4, 5]]])
-    with pytest.raises(ValueError, match="dynamic rope"):
-        packed_hidden_states(model, [list(range(1, 12))], [[[4, 5, 6]]])
-    check_positions(tiny("llama"), [1, 10**6])  # control: plain rope has no such limit

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from sdft_kernels.models.decode_linear import compiled_linears
 from sdft_kernels.models.hidden import evaluation_mode
+from sdft_kernels.models.rope import generation_batches, reset_rope
 from sdft_kernels.models.shared_prefill import prefill_obstacle, prefilled_inputs
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,7 @@ def generate_completions(
     arguments |= generation_kwargs or {}
     results: Completions = [[] for _ in prompts]
     with evaluation_mode(model), _seeded(seed, device), compiled_linears(model):
-        for start in range(0, len(order), step):
-            rows = order[start : start + step]
+        for rows in generation_batches(model, prompts, order, step, arguments["max_new_tokens"]):
             input_ids, attention_mask = _left_padded([prompts[i] for i in rows], arguments["pad_token_id"], device)
             output = _generate(model, input_ids, attention_mask, arguments, share_prefill)
             generated = output[:, input_ids.shape[1] :].tolist()
@@ -96,6 +96,7 @@ def generate_completions(
 
 def _generate(model: Any, input_ids: Tensor, attention_mask: Tensor, arguments: dict[str, Any], share: bool) -> Tensor:
     """(B * R, T + new) int64, the R samples of a prompt one after the other."""
+    reset_rope(model)
     repeats, tokens = arguments["num_return_sequences"], input_ids.shape[1]
     # A prompt of one token has nothing before its last one.
     if share and repeats > 1 and tokens > 1:

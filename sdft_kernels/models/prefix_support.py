@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import nn
@@ -18,7 +17,6 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 _RECURRENT = re.compile(
     r"Mamba|RWKV|RGLRU|GatedDelta|LinearAttention|LightningAttention|ShortConv|Retention|LSTM", re.I
 )
-_LENGTH_DEPENDENT = ("dynamic", "longrope")
 
 
 def check_model(model: nn.Module) -> None:
@@ -95,37 +93,6 @@ def check_layers(model: nn.Module, seen: set[int]) -> None:
             "forward does not hand keywords down to every attention layer; run its sequences separately "
             "(completion_hidden_states)"
         )
-
-
-def check_positions(model: nn.Module, lengths: Iterable[int]) -> None:
-    """Raise where rotary frequencies depend on the longest sequence of a pass and sequences of these lengths differ.
-
-    Args:
-        lengths: of everything that would be computed alone: whole sequences, and prefixes that are prefilled.
-
-    Raises:
-        ValueError: sequences on both sides of the length at which the frequencies change; "dynamic" beyond it.
-    """
-    config: Any = unwrap_peft(model).config
-    sizes = list(lengths)
-    for kind, limit in _length_dependent_rope(config):
-        beyond = [n for n in sizes if n > limit]
-        if beyond and (kind == "dynamic" or len(beyond) < len(sizes)):
-            raise ValueError(
-                f"{kind} rope changes with the length of the longest sequence beyond {limit} tokens, so sequences of "
-                f"{min(sizes)} and {max(sizes)} tokens cannot share a pass: keep all of them on one side of {limit} "
-                "(for a cache the prefix alone, too), or run them separately (completion_hidden_states)"
-            )
-
-
-def _length_dependent_rope(config: Any) -> Iterator[tuple[str, int]]:
-    parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [value for value in parameters.values() if isinstance(value, dict)]
-    for rope in nested or [parameters]:
-        kind = rope.get("rope_type", "default")
-        if kind in _LENGTH_DEPENDENT:
-            original = rope.get("original_max_position_embeddings") if kind == "longrope" else None
-            yield kind, int(original or config.max_position_embeddings)
 
 
 def _is_recurrent(module: nn.Module) -> bool:

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from sdft_kernels.models.attention_hook import is_hooked, stock_implementation
 from sdft_kernels.models.head import refuse_prompt_learning
 from sdft_kernels.models.hidden import backbone, is_compiled, unwrap_peft
-from sdft_kernels.models.prefix_support import check_positions, stateful_layers
+from sdft_kernels.models.prefix_support import stateful_layers
+from sdft_kernels.models.rope import pass_key
 
 # Arguments of `generate`, beside those of its configuration, that do not touch the prompt or the cache.
 _HARMLESS = (
@@ -47,9 +48,10 @@ def prefill_obstacle(model: Any, tokens: int, arguments: Mapping[str, Any]) -> s
         return f"{type(base).__name__} has layers other than full and sliding-window attention ({layers})"
     try:
         refuse_prompt_learning(model)
-        check_positions(model, [tokens - 1, tokens])
-    except (NotImplementedError, ValueError) as error:
+    except NotImplementedError as error:
         return str(error)
+    if pass_key(model, tokens - 1) != pass_key(model, tokens):
+        return f"the rope of {type(base).__name__} has other frequencies for {tokens - 1} tokens than for {tokens}"
     return _generation_obstacle(base, arguments) or _cache_obstacle(config)
 
 

@@ -19,7 +19,8 @@ from sdft_kernels.models.hidden import (
     evaluation_mode,
     unwrap_peft,
 )
-from sdft_kernels.models.prefix_support import check_layers, check_model, check_positions, check_ready
+from sdft_kernels.models.prefix_support import check_layers, check_model, check_ready
+from sdft_kernels.models.rope import Key, pass_key, reset_rope
 from sdft_kernels.prefix_attention import CacheOwner, Layers, PrefixCache, PrefixTree
 
 TokenIds = Sequence[int]
@@ -129,7 +130,9 @@ def packed_hidden_states(
     Without a cache a pass is one row over the prefix tree of its sequences, which also finds what several prompts, or
     several completions, have in common; gradients flow where they are enabled. With a cache every prompt but its last
     token is prefilled alone, whether or not it is found there, and read from there: equal bits with a warm cache, a
-    cold one and one that keeps nothing. Dropout (of an adapter, say) draws once for what is shared.
+    cold one and one that keeps nothing. Dropout (of an adapter, say) draws once for what is shared. Where rotary
+    frequencies depend on the longest sequence of a pass (longrope, dynamic), passes are cut so that every sequence has
+    those that it has alone, and prompts whose own are others are not taken from the cache.
 
     Args:
         model: enabled by `enable_shared_prefix`; runs in whatever mode it is in.
@@ -146,7 +149,7 @@ def packed_hidden_states(
 
     Raises:
         ValueError: lengths that do not fit, an empty prompt, a cache while gradients are enabled, a model that is not
-            enabled, attention dropout in training, rope frequencies that depend on the longest sequence.
+            enabled, attention dropout in training.
         RuntimeError: weights that changed without ``cache.invalidate(model)``; a layer that the tree did not reach.
     """
     _check_input(prompts, completions)
@@ -158,12 +161,11 @@ def packed_hidden_states(
     empty = weight.new_zeros((0, _hidden_size(model)))
     result = [[empty for _ in group] for group in completions]
     before = None if cache is None else cache.statistics
-    for batch in _batches(prompts, completions, token_budget):
-        if cache is None or owner is None:
-            row = _tree_row(batch, prompts, completions)
+    for batch, part, cached in _passes(model, prompts, completions, token_budget, cache is not None):
+        if cache is None or owner is None or not cached:
+            row = _tree_row(batch, prompts, part)
         else:
-            row = _cached_row(model, batch, prompts, completions, cache, owner)
-        check_positions(model, row.lengths)
+            row = _cached_row(model, batch, prompts, part, cache, owner)
         hidden = _forward(model, row.packed, row.ids, weight.device)
         if counts is not None:
             separate = sum(len(prompts[i]) + len(completions[i][j]) - 1 for i, j in row.owners)
@@ -183,7 +185,6 @@ class _Row(NamedTuple):
 
     packed: PackedRow
     ids: Tensor  # (T,)
-    lengths: list[int]  # of everything that this row stands for, as `check_positions` wants it
     owners: list[tuple[int, int]]
     places: list[Tensor]
 
@@ -195,7 +196,7 @@ def _tree_row(batch: list[int], prompts: Sequence[TokenIds], completions: Sequen
     sequences = [[*prompts[i], *completions[i][j][:-1]] for i, j in owners]
     tree, ids = PrefixTree.from_sequences(sequences)
     places = [tree.rows(s)[len(prompts[i]) - 1 :] for s, (i, _) in enumerate(owners)]
-    return _Row(PackedRow([Group(tree)]), ids, [len(s) for s in sequences], owners, places)
+    return _Row(PackedRow([Group(tree)]), ids, owners, places)
 
 
 def _cached_row(
@@ -210,22 +211,19 @@ def _cached_row(
     by_prompt: dict[bytes, list[int]] = {}
     for i in batch:
         by_prompt.setdefault(array("q", prompts[i]).tobytes(), []).append(i)
-    groups, ids, lengths, owners, places, start = [], [], [], [], [], 0
+    groups, ids, owners, places, start = [], [], [], [], 0
     for members in by_prompt.values():
         *prefix, last = prompts[members[0]]
         mine = _owners(members, completions)
         sequences = [[last, *completions[i][j][:-1]] for i, j in mine]
-        sizes = [len(prefix) + len(s) for s in sequences]
-        check_positions(model, [*sizes, len(prefix)])
         layers = cache.fetch(owner, prefix, functools.partial(_prefill, model, prefix)) if prefix else None
         tree, tokens = PrefixTree.from_sequences(sequences)
         groups.append(Group(tree, layers, len(prefix)))
         ids.append(tokens)
-        lengths += sizes
         owners += mine
         places += [tree.rows(s) + start for s in range(len(sequences))]
         start += tree.tokens
-    return _Row(PackedRow(groups), torch.cat(ids), lengths, owners, places)
+    return _Row(PackedRow(groups), torch.cat(ids), owners, places)
 
 
 def _prefill(model: nn.Module, prefix: TokenIds) -> Layers:
@@ -237,6 +235,7 @@ def _prefill(model: nn.Module, prefix: TokenIds) -> Layers:
 
 def _forward(model: nn.Module, row: PackedRow, ids: Tensor, device: torch.device) -> Tensor:
     """(T, H) after the final norm."""
+    reset_rope(model)
     output: Any = backbone(model)(input_ids=ids.to(device)[None], **row.keywords(device))
     check_layers(model, row.seen)
     hidden: Tensor = output.last_hidden_state
@@ -245,6 +244,33 @@ def _forward(model: nn.Module, row: PackedRow, ids: Tensor, device: torch.device
 
 def _owners(batch: list[int], completions: Sequence[Sequence[TokenIds]]) -> list[tuple[int, int]]:
     return [(i, j) for i in batch for j, completion in enumerate(completions[i]) if len(completion)]
+
+
+def _passes(
+    model: nn.Module,
+    prompts: Sequence[TokenIds],
+    completions: Sequence[Sequence[TokenIds]],
+    token_budget: int,
+    cached: bool,
+) -> Iterator[tuple[list[int], Sequence[Sequence[TokenIds]], bool]]:
+    """Of each pass: indices of its prompts, the completions with those of other passes left empty, with a cache or not.
+
+    All sequences of a pass have the frequencies that they have alone (`pass_key`). A prompt whose own are others than
+    those of its completions is computed with them, not before.
+    """
+
+    def kind(prompt: TokenIds, completion: TokenIds) -> tuple[Key, bool]:
+        key = pass_key(model, len(prompt) + len(completion) - 1)
+        return key, cached and pass_key(model, len(prompt) - 1) == key
+
+    kinds = [[kind(p, c) if len(c) else None for c in group] for p, group in zip(prompts, completions, strict=True)]
+    for one in dict.fromkeys(k for group in kinds for k in group if k is not None):
+        part = [
+            [c if k == one else () for c, k in zip(group, of, strict=True)]
+            for group, of in zip(completions, kinds, strict=True)
+        ]
+        for batch in _batches(prompts, part, token_budget):
+            yield batch, part, one[1]
 
 
 def _batches(
