@@ -19,6 +19,7 @@ from sdft_kernels.distill import passes  # noqa: E402
 from sdft_kernels.integrations import trl_prefix  # noqa: E402
 from sdft_kernels.integrations.trl import FusedSDFTTrainer, fuse  # noqa: E402
 from sdft_kernels.models.attention_hook import is_hooked  # noqa: E402
+from sdft_kernels.models.rope import reset_rope  # noqa: E402
 
 
 @pytest.fixture(autouse=True)
@@ -70,12 +71,38 @@ def test_equals_stock_fp64(pairs, tokens):  # noqa: F811
     pair = pairs("phi", torch.float64)
     set_options(pair, "full_logits", 0.5, False, 2.0, 0.7)
     inputs = tiny.batch("row", torch.float64, one_prompt=True)
-    # Without padding on the left: the stock trainer counts it in the positions, whose cosines transformers rounds to
-    # fp32, so that the same distance at other positions differs by 1e-8.
-    inputs["prompt_mask"] = torch.ones_like(inputs["prompt_mask"])
-    inputs["teacher_attention_mask"] = torch.cat([torch.ones(3, 8, dtype=torch.long), inputs["completion_mask"]], 1)
     assert_equal(pair, inputs, 1e-10, 1e-10)
     assert len(tokens) == 2
+
+
+@pytest.mark.parametrize("family", [*tiny.ABSOLUTE, "opt", "bloom", "gpt_neox", "qwen2", "longrope", "dynamic"])
+@pytest.mark.parametrize("masks", ["ragged", "row"])
+def test_the_loss_does_not_depend_on_sharing(family, masks, tmp_path):
+    """Over left-padded batches; nor do hidden states depend on the other sequences of a batch."""
+    student = tiny.model(family)
+    inputs = tiny.batch(masks, one_prompt=True)
+    results = []
+    for share in (None, False):
+        trainer = tiny.trainer(
+            FusedSDFTTrainer, copy.deepcopy(student), tiny.near(student), tmp_path, num_loss_tokens_to_skip=0
+        )
+        fuse(trainer, share_prefix=share)
+        results.append(tiny.loss_and_gradients(trainer, inputs))
+    (shared, found, _), (whole, gradients, _) = results
+    torch.testing.assert_close(shared, whole, rtol=2e-6, atol=0)
+    assert found.keys() == gradients.keys()
+    largest = max(gradient.norm() for gradient in gradients.values())
+    for name, gradient in gradients.items():
+        assert (found[name] - gradient).norm() <= 2e-5 * gradient.norm() + 1e-7 * largest, name
+    model = trainer.model.eval()
+    ids, mask = (torch.cat([inputs[f"prompt_{x}"], inputs[f"completion_{x}"]], 1) for x in ("ids", "mask"))
+    with torch.no_grad():
+        hidden = trl_prefix.completion_hidden(model, ids, mask, 9, share=False).view(3, 9, -1)
+        for row, own, seen in zip(hidden, ids, mask.bool(), strict=True):
+            reset_rope(model)
+            alone = model.base_model(input_ids=own[seen][:-1][None], use_cache=False).last_hidden_state[0]
+            tokens = int(seen[-9:].sum())
+            torch.testing.assert_close(row[:tokens], alone[-tokens:], rtol=0, atol=2e-5)
 
 
 def test_rollout_logprobs_are_those_of_the_stock_trainer(pairs, tokens):  # noqa: F811

@@ -14,10 +14,16 @@ SIZES = dict(
     num_key_value_heads=2, max_position_embeddings=96, eos_token_id=1, pad_token_id=1, bos_token_id=None,
     initializer_range=0.2,
 )  # fmt: skip
+ABSOLUTE = ("gpt2", "gpt_bigcode")  # learned positions, which count padding unless they are given
+HALF = SIZES["hidden_size"] // SIZES["num_attention_heads"] // 2
+
+
+def _rope(kind: str, **options: Any) -> dict[str, Any]:
+    return dict(rope_parameters=dict(rope_type=kind, rope_theta=1e4, factor=4.0, **options))
 
 
 def model(family: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
-    """Qwen2 (untied head), Phi (bias), Gemma 2 and 3 (tied, softcap) or Cohere (tied, logit scale), random weights."""
+    """Qwen2 (untied head), Phi (bias), Gemma 2 and 3 (tied, softcap), Cohere (tied, logit scale) and more, random."""
     import transformers as hf
 
     config, cls, extra = {
@@ -28,6 +34,17 @@ def model(family: str = "qwen2", seed: int = 0, **overrides: Any) -> Any:
         "gemma3": (hf.Gemma3TextConfig, hf.Gemma3ForCausalLM, dict(head_dim=8, final_logit_softcapping=4.0)),
         "phi": (hf.PhiConfig, hf.PhiForCausalLM, dict(tie_word_embeddings=False)),
         "cohere": (hf.CohereConfig, hf.CohereForCausalLM, dict(logit_scale=0.35)),
+        "gpt2": (hf.GPT2Config, hf.GPT2LMHeadModel, dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)),
+        "gpt_bigcode": (
+            hf.GPTBigCodeConfig, hf.GPTBigCodeForCausalLM, dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+        ),
+        "opt": (hf.OPTConfig, hf.OPTForCausalLM, dict(ffn_dim=48, word_embed_proj_dim=32, dropout=0.0)),
+        "bloom": (hf.BloomConfig, hf.BloomForCausalLM, {}),
+        "gpt_neox": (hf.GPTNeoXConfig, hf.GPTNeoXForCausalLM, {}),
+        # Of the batches here, sequences are on both sides of their limits.
+        "longrope": (hf.Phi3Config, hf.Phi3ForCausalLM, dict(original_max_position_embeddings=10, **_rope(
+            "longrope", short_factor=[1.0] * HALF, long_factor=[3.0] * HALF, original_max_position_embeddings=10))),
+        "dynamic": (hf.LlamaConfig, hf.LlamaForCausalLM, dict(max_position_embeddings=10, **_rope("dynamic"))),
     }[family]  # fmt: skip
     torch.manual_seed(seed)
     result = cls(config(**(SIZES | extra | overrides)))

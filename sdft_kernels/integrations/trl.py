@@ -24,8 +24,8 @@ from torch import Tensor
 
 from sdft_kernels.distill.passes import enable_sharing
 from sdft_kernels.divergence import TokenDivergence, linear_divergence_loss, sdft_token_loss
-from sdft_kernels.integrations.trl_prefix import shared_completion_hidden
-from sdft_kernels.models import head_kwargs, head_spec, hidden_states, verify_head
+from sdft_kernels.integrations.trl_prefix import completion_hidden
+from sdft_kernels.models import head_kwargs, head_spec, verify_head
 from sdft_kernels.models.hidden import unwrap_peft
 from sdft_kernels.token_logprob import linear_token_logprob
 from sdft_kernels.topk_divergence import linear_topk_divergence
@@ -201,12 +201,7 @@ class _FusedMixin:
 
     def _hidden(self, model: Any, input_ids: Tensor, attention_mask: Tensor, length: int) -> Tensor:
         """(B*length, H): the hidden states that predict the last `length` tokens, after the final norm."""
-        if self._shares_prefix:
-            shared = shared_completion_hidden(model, input_ids, attention_mask, length)
-            if shared is not None:
-                return shared
-        hidden = hidden_states(model, input_ids, attention_mask)
-        return hidden[:, -length - 1 : -1].reshape(-1, hidden.shape[-1])
+        return completion_hidden(model, input_ids, attention_mask, length, self._shares_prefix)
 
     def _teacher_head(self, teacher_model: Any) -> dict[str, Any]:
         """The teacher's head, without gradient whatever its parameters require (the stock teacher runs in no_grad)."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import inspect
 import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -89,8 +90,9 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
 
     Args:
         model: a transformers causal language model, or a PEFT model around one.
-        input_ids: (B, T) int64, right-padded or unpadded.
-        attention_mask: (B, T), 1 at real tokens; None if causality alone hides the padding.
+        input_ids: (B, T) int64, padded on either side or not at all.
+        attention_mask: (B, T), 1 at real tokens; None if causality alone hides the padding, which is on the right then.
+            Positions do not count padding on the left, as in generation.
 
     Returns:
         (B, T, H), differentiable where gradients are enabled.
@@ -99,7 +101,13 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
         ValueError: the model has no backbone of its own.
     """
     reset_rope(model)
-    output: Any = backbone(model)(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+    layers, positions = backbone(model), {}
+    # Models without this argument (Bloom, MPT) derive distances from the mask.
+    if attention_mask is not None and "position_ids" in inspect.signature(layers.forward).parameters:
+        padding = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
+        counted = torch.arange(input_ids.shape[1], device=input_ids.device) - padding
+        positions["position_ids"] = counted.clamp(min=0)
+    output: Any = layers(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
 
 
