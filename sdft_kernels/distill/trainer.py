@@ -307,11 +307,16 @@ class SDFTTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.distiller.state_dict():
+        if checkpoint is None:
             return
         path = os.path.join(checkpoint, TEACHER_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"{checkpoint} has no {TEACHER_FILE}: it was saved with another teacher or without state")
+            if self.distiller.state_dict():
+                raise ValueError(
+                    f"{checkpoint} has no {TEACHER_FILE}: its teacher was another one, or the base under a fresh "
+                    "adapter; resume with the teacher and the model the run started from (or teacher_model_kind='base')"
+                )
+            return
         from safetensors.torch import load_file
 
         self.distiller.load_state_dict(load_file(path))
