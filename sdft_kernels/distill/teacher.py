@@ -8,6 +8,7 @@ makes an EMA teacher a second set of adapter weights, a few MB.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -98,9 +99,15 @@ class LiveTeacher(Teacher):
 
 
 class ModelTeacher(Teacher):
-    """A frozen model of the caller's, possibly of another size (same vocabulary)."""
+    """A frozen model of the caller's, possibly of another size (same vocabulary). Nothing in it changes."""
 
     kind = "model"
+
+    def head(self) -> HeadSpec:
+        """The teacher's head, without gradient whatever its parameters require."""
+        head = super().head()
+        bias = None if head.bias is None else head.bias.detach()
+        return dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
 
     @property
     def nbytes(self) -> int:
@@ -140,6 +147,7 @@ class SwapTeacher(Teacher):
 
     Raises:
         ValueError: nothing trains; adapters are merged, here and at every pass.
+        RuntimeError: at a pass or an update, the model trains other tensors than those this teacher was made for.
     """
 
     kind = "frozen"
@@ -151,6 +159,8 @@ class SwapTeacher(Teacher):
             raise ValueError("no parameter of the model requires grad; use teacher='live'")
         refuse_merged(model)
         self.adapters = adapter_state(model)
+        # Under every name, so that a tied parameter that is untied is missed.
+        self.places = {name: p for name, p in _all_parameters(model) if p.requires_grad}
         self.copies = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in self.names.items()}
 
     @contextlib.contextmanager
@@ -158,8 +168,26 @@ class SwapTeacher(Teacher):
         with self._swapped(), adapters_as(self.model, self.adapters):
             yield
 
+    def _check_parameters(self) -> None:
+        """Raise RuntimeError where the model no longer trains exactly the tensors this teacher was made for."""
+        copies, now = {id(p): self.copies[name] for name, p in self.names.items()}, dict(_all_parameters(self.model))
+        for name, own in self.places.items():
+            found, copy = now.pop(name, None), copies[id(own)]
+            if found is None:
+                raise _other_model(name, "is gone from the model")
+            if found is not own and found is not copy:  # its copy, within this teacher's pass
+                raise _other_model(name, "is another tensor")
+            for what in ("shape", "dtype", "device"):
+                before, after = getattr(copy, what), getattr(found, what)
+                if before != after:
+                    raise _other_model(name, f"changed its {what} from {before} to {after}")
+        for name, parameter in now.items():
+            if parameter.requires_grad:
+                raise _other_model(name, "trains, and did not or was not there")
+
     @contextlib.contextmanager
     def _swapped(self) -> Iterator[None]:
+        self._check_parameters()
         copies = {id(p): self.copies[name] for name, p in self.names.items()}
         # By identity over every module, so that a tied parameter is swapped wherever it occurs.
         places = [
@@ -260,6 +288,7 @@ class EMATeacher(SwapTeacher):
 
     @torch.no_grad()
     def update(self) -> None:
+        self._check_parameters()
         for name, parameter in self.names.items():
             if self.low:
                 ema_update_hilo_(self.state[name], self.low[name], parameter.detach(), self.rate)
@@ -372,6 +401,18 @@ def _frozen(model: nn.Module) -> Teacher:
         made.nbytes / 2**20,
     )
     return made
+
+
+def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under every name that it has."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _other_model(name: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the teacher no longer fits its model: {name} {what} since the teacher was made. Change the model (resize, "
+        "untie, move, cast, add or set adapters) first, then make the SelfDistiller or teacher, and attach it"
+    )
 
 
 def _distance(student: Mapping[str, Tensor], teacher: Iterable[tuple[str, Tensor]]) -> Tensor:
