@@ -82,6 +82,8 @@ class SDFTConfig(TrainingArguments):
                           "chat_template_kwargs"]  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.fp16:
+            raise ValueError("fp16=True is not supported (its range ends at 65504): use bf16=True, or neither for fp32")
         super().__post_init__()
         check_kind(self.rollouts)
         resolve_template(self.teacher_prompt_template)

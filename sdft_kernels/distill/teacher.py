@@ -27,6 +27,7 @@ from sdft_kernels.distill.adapters import (
 )
 from sdft_kernels.models import HeadSpec, head_spec
 from sdft_kernels.models.hidden import evaluation_mode
+from sdft_kernels.models.unsupported import refuse_sharded
 
 logger = logging.getLogger(__name__)
 
@@ -359,13 +360,15 @@ def make_teacher(
             of the pair: 4 bytes a parameter in place of 6. For an fp32 model fp32 is smaller, its state being the copy.
 
     Raises:
-        NotImplementedError: "sync" and "cached".
+        NotImplementedError: "sync" and "cached"; a sharded student or teacher (FSDP, ZeRO-3, tensor parallel).
         ValueError: an unknown kind, a rate outside (0, 1], another `ema_dtype`; nothing that trains; merged adapters;
             "base" where the adapter's initialisation changed the base weights or some of them train.
     """
+    refuse_sharded(model, "student")
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
+        refuse_sharded(teacher, "teacher")
         made: Teacher = ModelTeacher(teacher) if teacher is not model else LiveTeacher(model)
     else:
         default = "frozen" if only_lora(model) else "ema"

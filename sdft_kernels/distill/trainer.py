@@ -32,6 +32,7 @@ from sdft_kernels.distill.rollouts import (
 )
 from sdft_kernels.distill.running import RunningMetrics
 from sdft_kernels.models import context_length, verify_head
+from sdft_kernels.models.unsupported import refuse_unsupported
 
 TEACHER_FILE = "teacher.safetensors"
 Rows = list[dict[str, Any]]
@@ -59,7 +60,7 @@ class SDFTTrainer(Trainer):
 
     Raises:
         ValueError: a missing column; whatever `SelfDistiller` refuses.
-        NotImplementedError: FSDP and DeepSpeed.
+        NotImplementedError: FSDP and DeepSpeed; a model that is sharded already.
     """
 
     loss_is_scaled_for_ga = True
@@ -82,6 +83,8 @@ class SDFTTrainer(Trainer):
         check_kind(self.rollouts)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             _check_dataset(dataset, extra=("completion_ids",) if self.rollouts == "given" else ())
+        if isinstance(teacher, nn.Module):
+            refuse_unsupported(teacher, "teacher")
         model, processing_class = _load(model, processing_class, args, peft_config)
         super().__init__(
             model=model,
@@ -355,6 +358,7 @@ def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tup
     set_seed(args.seed)  # LoRA weights are drawn here
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+    refuse_unsupported(model, "student")
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     if peft_config is not None:
