@@ -231,13 +231,14 @@ def test_a_teacher_pass_under_autocast_leaves_the_student_its_gradients(kind):
 
 
 def test_lora_defaults_to_the_base_with_adapters_off_at_no_cost():
-    model = lora(init_lora_weights=False).train()
+    model = lora().train()
     base = logits(tiny.model())
-    adapted = logits(model)
-    assert not torch.allclose(adapted, base)
     flags = [p.requires_grad for p in model.parameters()]
     teacher = make_teacher(model)
     assert teacher.kind == "frozen" and teacher.nbytes == 0
+    moved(model)
+    adapted = logits(model)
+    assert not torch.allclose(adapted, base)
     with teacher.active() as active:
         torch.testing.assert_close(logits(active), base)
     assert torch.equal(logits(model), adapted)
@@ -297,7 +298,7 @@ def test_state_survives_a_round_trip_and_misfits_are_refused():
 def test_what_a_teacher_may_be():
     model = tiny.model()
     assert make_teacher(model).kind == "ema"
-    assert make_teacher(model, "base").kind == "frozen"
+    assert make_teacher(model, "base").kind == "frozen"  # TRL's name
     assert make_teacher(model, tiny.model(1)).kind == "model"
     assert make_teacher(model, model).kind == "live"
     for kind in ("sync", "cached"):

@@ -164,6 +164,17 @@ def test_refused_setup(stock, monkeypatch, change, error, message):
     assert type(trainer) is SDFTTrainer
 
 
+def test_a_model_that_is_sharded_already(stock):
+    weight = stock.model.get_input_embeddings().weight
+    weight.ds_id = 3
+    try:
+        with pytest.raises(NotImplementedError, match="sharded: .* is partitioned by DeepSpeed ZeRO-3.*use DDP"):
+            fuse(stock)
+    finally:
+        del weight.ds_id
+    assert type(stock) is SDFTTrainer
+
+
 def test_zero_1_and_2_pass(stock):
     trainer = copy.copy(stock)
     trainer.is_deepspeed_enabled = True

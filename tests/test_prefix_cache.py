@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sdft_kernels.prefix_attention import CacheStatistics, PrefixCache
-from sdft_kernels.prefix_attention.identity import SAMPLES, fingerprint, model_state
+from sdft_kernels.prefix_attention.identity import SAMPLES, _sample, fingerprint, model_state
 
 BYTES = 2 * 2 * 3 * 4  # of one token: layers, key and value, (heads 1, size 3), fp32
 
@@ -118,26 +118,69 @@ def test_weights_that_stay_do_not_raise():
     assert hit(cache, model, [1, 2])
 
 
-def test_every_row_and_column_region_is_sampled():
-    weight = nn.Module()
-    weight.p = nn.Parameter(torch.zeros(256, 256))
-    flat = torch.arange(weight.p.numel())[:: max(1, weight.p.numel() // SAMPLES) | 1]
-    assert len(flat) >= SAMPLES - 1
-    assert len((flat % 256).unique()) > SAMPLES // 2  # a stride of 1024 reads column 0 only
-    before = fingerprint(weight)
-    weight.p.data[:, 1:] = 1.0
-    assert fingerprint(weight).digest != before.digest
-
-
-def test_a_sparse_write_is_seen_by_its_version():
+def one_parameter(dtype=torch.float32, shape=(256, 256)):
     model = nn.Module()
-    model.p = nn.Parameter(torch.zeros(256, 256))
+    model.p = nn.Parameter(torch.zeros(shape, dtype=dtype), requires_grad=False)
+    return model
+
+
+def test_every_row_and_column_region_is_sampled():
+    content = torch.arange(256 * 256 * 4)
+    sampled = _sample(content) // 4
+    assert SAMPLES // 2 < len(sampled) <= SAMPLES
+    assert len((sampled % 256).unique()) > 100 and len((sampled // 256).unique()) > 100
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.int8])
+@pytest.mark.parametrize("shape", [(256, 256), (1, 1), (7, 3), (127, 129)])
+def test_one_element_written_behind_autograds_back_is_seen(dtype, shape):
+    model = one_parameter(dtype, shape)
     before = fingerprint(model)
-    with torch.no_grad():
-        model.p[100, 3] = 1.0
+    for index in {0, model.p.numel() // 3, model.p.numel() - 1}:
+        model.p.data.view(-1)[index] = 1
+        after = fingerprint(model)
+        assert after.versions == before.versions and after.digest != before.digest, index
+        model.p.data.view(-1)[index] = 0
+        assert fingerprint(model) == before
+
+
+def test_views_of_one_storage_are_read_where_they_lie():
+    """A flat buffer cut into parameters: they start at no multiple of 8 bytes."""
+    flat = torch.randn(100, dtype=torch.bfloat16)
+    views, copies = nn.Module(), nn.Module()
+    views.p, copies.p = nn.Parameter(flat[3:90]), nn.Parameter(flat[3:90].clone())
+    views.q, copies.q = nn.Parameter(flat[::2]), nn.Parameter(flat[::2].clone())  # not contiguous
+    assert fingerprint(views).digest == fingerprint(copies).digest
+    flat[89] += 1
+    assert fingerprint(views).digest != fingerprint(copies).digest
+
+
+def test_an_exchange_of_elements_is_seen_by_its_version_alone():
+    """What `fingerprint` says that it misses through `.data`: equal sums, outside the sample."""
+    model = one_parameter()
+    model.p[100, 2] = 1.0
+    before = fingerprint(model)
+    model.p.data[100, 2], model.p.data[100, 4] = 0.0, 1.0
+    assert fingerprint(model) == before
+    model.p[100, 4], model.p[100, 6] = 0.0, 1.0
     after = fingerprint(model)
-    assert after.digest == before.digest  # control: not sampled
-    assert after != before
+    assert after.digest == before.digest and after != before
+
+
+@pytest.mark.parametrize("persistent", [True, False])
+def test_a_buffer_that_changes_is_another_state(persistent):
+    """Rotary frequencies rescaled in place: keys carry their rotation."""
+    cache, model = PrefixCache(budget_bytes=100_000), Model()
+    model.first.register_buffer("inv_freq", torch.rand(64), persistent=persistent)
+    fetch(cache, model, [1, 2])
+    assert hit(cache, model, [1, 2])
+    kept = model.first.inv_freq.clone()
+    model.first.inv_freq[63] *= 1.5
+    assert not hit(cache, model, [1, 2])
+    model.first.inv_freq.data[:2] = kept[:2].flip(0)
+    assert not hit(cache, model, [1, 2])
+    model.first.inv_freq = kept  # assigned, equal values
+    assert hit(cache, model, [1, 2])
 
 
 def test_two_sets_of_weights_in_one_module_need_two_caches():

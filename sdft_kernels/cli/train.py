@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(group: argparse._ArgumentGroup) -> None:
     add = group.add_argument
-    add("--teacher", default=None, help="frozen, live or ema (default: frozen with --lora-r, else ema)")
+    add("--teacher", default=None, help="frozen, base, live or ema (default: frozen with --lora-r, else ema)")
     add("--ema-rate", type=float, default=0.01, help="share of the student in every EMA update (%(default)s)")
     add("--ema-device", default=None, help="where the EMA state lives, e.g. cpu (default: beside the parameters)")
     add("--ema-dtype", default="float32", choices=("float32", "bfloat16"), help="of the EMA state (bfloat16: a pair)")

@@ -9,7 +9,7 @@ from transformers import TrainingArguments
 
 from sdft_kernels.distill.distiller import check_options
 from sdft_kernels.distill.rollouts import check_kind
-from sdft_kernels.distill.teacher import ALIASES, KINDS, LATER_KINDS
+from sdft_kernels.distill.teacher import KINDS, LATER_KINDS
 from sdft_kernels.distill.templates import resolve_template
 
 
@@ -51,7 +51,9 @@ class SDFTConfig(TrainingArguments):
     rollouts: str = _option("student", "Where completions come from: student, teacher, dataset or given.")
     loss: Literal["kl", "ce"] = _option("kl", "kl, or ce: cross-entropy on the completions without a teacher.")
     teacher_model_kind: str | None = _option(
-        None, "frozen (TRL: base), live or ema. None: frozen under LoRA, else ema."
+        None,
+        "frozen (the student at the start), base (under PEFT: adapters off), live or ema. None: frozen under LoRA, "
+        "else ema.",
     )
     teacher_update_rate: float = _option(0.01, "Share of the student in every EMA update.")
     teacher_device: str | None = _option(None, "Where the EMA state lives ('cpu'). None: beside the parameters.")
@@ -80,10 +82,12 @@ class SDFTConfig(TrainingArguments):
                           "chat_template_kwargs"]  # fmt: skip
 
     def __post_init__(self) -> None:
+        if self.fp16:
+            raise ValueError("fp16=True is not supported (its range ends at 65504): use bf16=True, or neither for fp32")
         super().__post_init__()
         check_kind(self.rollouts)
         resolve_template(self.teacher_prompt_template)
-        kind = ALIASES.get(self.teacher_model_kind or "", self.teacher_model_kind)
+        kind = self.teacher_model_kind
         if kind in LATER_KINDS:
             raise NotImplementedError(f"teacher_model_kind={kind!r} is not supported yet; use one of {KINDS}")
         if kind is not None and kind not in KINDS:

@@ -21,6 +21,7 @@ from sdft_kernels.divergence import (
 )
 from sdft_kernels.models import HeadSpec, context_length, head_spec, verify_head
 from sdft_kernels.models.hidden import TOKEN_BUDGET
+from sdft_kernels.models.unsupported import refuse_unsupported
 from sdft_kernels.prefix_attention import PrefixCache
 from sdft_kernels.token_logprob import TokenLogprob, linear_token_logprob
 
@@ -76,7 +77,8 @@ class SelfDistiller:
         verify: compare the head with the model's own logits on four tokens now (`verify_head`).
 
     Raises:
-        ValueError, NotImplementedError: from `head_spec`, `verify_head` and `make_teacher`; vocabularies that differ.
+        ValueError, NotImplementedError: from `head_spec`, `verify_head` and `make_teacher`; a model that is sharded or
+            fp16; vocabularies that differ.
     """
 
     def __init__(
@@ -103,6 +105,9 @@ class SelfDistiller:
     ) -> None:
         check_options(alpha, temperature, skip_first_tokens, importance_clip, loss, sampling_clip)
         _check_token_loss(token_loss, loss)
+        for role, side in (("student", model), ("teacher", teacher)):
+            if isinstance(side, nn.Module):
+                refuse_unsupported(side, role)
         if verify:
             verify_head(model)
         self.model = model

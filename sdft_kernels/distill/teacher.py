@@ -8,6 +8,7 @@ makes an EMA teacher a second set of adapter weights, a few MB.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import logging
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -16,14 +17,22 @@ import torch
 from torch import Tensor, nn
 
 from sdft_kernels._ema import ema_update_, ema_update_hilo_, split_hilo
+from sdft_kernels.distill.adapters import (
+    adapter_state,
+    adapters_as,
+    adapters_change_nothing,
+    only_lora,
+    refuse_changed_base,
+    refuse_merged,
+)
 from sdft_kernels.models import HeadSpec, head_spec
 from sdft_kernels.models.hidden import evaluation_mode
+from sdft_kernels.models.unsupported import refuse_sharded
 
 logger = logging.getLogger(__name__)
 
-KINDS = ("frozen", "live", "ema")
+KINDS = ("frozen", "base", "live", "ema")
 LATER_KINDS = ("sync", "cached")
-ALIASES = {"base": "frozen"}  # TRL's name
 LOW = ":low"  # ends the name of a compensated average's second tensor in a state dict
 
 
@@ -91,9 +100,15 @@ class LiveTeacher(Teacher):
 
 
 class ModelTeacher(Teacher):
-    """A frozen model of the caller's, possibly of another size (same vocabulary)."""
+    """A frozen model of the caller's, possibly of another size (same vocabulary). Nothing in it changes."""
 
     kind = "model"
+
+    def head(self) -> HeadSpec:
+        """The teacher's head, without gradient whatever its parameters require."""
+        head = super().head()
+        bias = None if head.bias is None else head.bias.detach()
+        return dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
 
     @property
     def nbytes(self) -> int:
@@ -101,30 +116,40 @@ class ModelTeacher(Teacher):
 
 
 class AdapterOffTeacher(Teacher):
-    """The base model under LoRA: adapters off. Costs nothing."""
+    """The base model under PEFT: adapters off. Costs nothing.
+
+    Raises:
+        ValueError: adapters that are merged, here and at every pass.
+    """
 
     kind = "frozen"
 
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__(model)
+        refuse_merged(model)
+
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
-        layers = [module for module in self.model.modules() if isinstance(module, BaseTunerLayer)]
-        # enable_adapters switches requires_grad of the adapter weights, which are the student's.
-        trainable = [(p, p.requires_grad) for p in self.model.parameters()]
-        for layer in layers:
-            layer.enable_adapters(False)
-        try:
+        with adapters_as(self.model, {}):
             yield
-        finally:
-            for layer in layers:
-                layer.enable_adapters(True)
-            for parameter, requires_grad in trainable:
-                parameter.requires_grad_(requires_grad)
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if state:
+            raise ValueError(
+                f"this checkpoint's teacher is not the base with adapters off: it has {len(state)} tensors; resume "
+                "with the teacher and the model, its adapter too, that the run started from"
+            )
 
 
 class SwapTeacher(Teacher):
-    """Own tensors for the student's trained parameters, swapped in during the teacher's pass."""
+    """Own tensors for the student's trained parameters, swapped in during the teacher's pass.
+
+    Adapters are then on, off and active as they were when the teacher was made, whatever the student's are.
+
+    Raises:
+        ValueError: nothing trains; adapters are merged, here and at every pass.
+        RuntimeError: at a pass or an update, the model trains other tensors than those this teacher was made for.
+    """
 
     kind = "frozen"
 
@@ -133,10 +158,37 @@ class SwapTeacher(Teacher):
         self.names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not self.names:
             raise ValueError("no parameter of the model requires grad; use teacher='live'")
+        refuse_merged(model)
+        self.adapters = adapter_state(model)
+        # Under every name, so that a tied parameter that is untied is missed.
+        self.places = {name: p for name, p in _all_parameters(model) if p.requires_grad}
         self.copies = {name: nn.Parameter(p.detach().clone(), requires_grad=False) for name, p in self.names.items()}
 
     @contextlib.contextmanager
     def weights(self) -> Iterator[None]:
+        with self._swapped(), adapters_as(self.model, self.adapters):
+            yield
+
+    def _check_parameters(self) -> None:
+        """Raise RuntimeError where the model no longer trains exactly the tensors this teacher was made for."""
+        copies, now = {id(p): self.copies[name] for name, p in self.names.items()}, dict(_all_parameters(self.model))
+        for name, own in self.places.items():
+            found, copy = now.pop(name, None), copies[id(own)]
+            if found is None:
+                raise _other_model(name, "is gone from the model")
+            if found is not own and found is not copy:  # its copy, within this teacher's pass
+                raise _other_model(name, "is another tensor")
+            for what in ("shape", "dtype", "device"):
+                before, after = getattr(copy, what), getattr(found, what)
+                if before != after:
+                    raise _other_model(name, f"changed its {what} from {before} to {after}")
+        for name, parameter in now.items():
+            if parameter.requires_grad:
+                raise _other_model(name, "trains, and did not or was not there")
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        self._check_parameters()
         copies = {id(p): self.copies[name] for name, p in self.names.items()}
         # By identity over every module, so that a tied parameter is swapped wherever it occurs.
         places = [
@@ -179,6 +231,25 @@ class SwapTeacher(Teacher):
             )
 
 
+class StartingAdapterTeacher(SwapTeacher):
+    """The student as it is now where its adapter changes it already: a copy of the adapter."""
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The adapter the run started from."""
+        return {name: copy.detach() for name, copy in self.copies.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        if not state:
+            raise ValueError(
+                "this checkpoint's frozen teacher is the base, adapters off, and the adapter of this model changed it "
+                "when the teacher was made: resume with the model the run started from, or with teacher='base'"
+            )
+        _check_state(state, self.state_dict(), self.kind)
+        for name, tensor in state.items():
+            self.copies[name].copy_(tensor)
+
+
 class EMATeacher(SwapTeacher):
     """An exponential moving average of the trained parameters: state += rate * (student - state), in fp32 arithmetic.
 
@@ -218,6 +289,7 @@ class EMATeacher(SwapTeacher):
 
     @torch.no_grad()
     def update(self) -> None:
+        self._check_parameters()
         for name, parameter in self.names.items():
             if self.low:
                 ema_update_hilo_(self.state[name], self.low[name], parameter.detach(), self.rate)
@@ -276,25 +348,31 @@ def make_teacher(
 
     Args:
         model: the student.
-        teacher: "frozen" (the student as it is now; under LoRA the base, adapters off), "live" (the student itself),
-            "ema" (an average of the student; under LoRA of its adapter), a model (frozen, the caller's), a `Teacher`,
-            or None: frozen under LoRA, else ema. TRL's "base" is "frozen".
+        teacher: "frozen": the student as it is now. Under LoRA whose adapter adds nothing yet (B is 0, as
+            `get_peft_model` makes it) that is the model with adapters off, at no cost; under an adapter that adds
+            something (trained before; PiSSA, OLoRA, CorDA, LoftQ, DoRA) it is a copy of the adapter.
+            "base": under PEFT the model with adapters off, whatever the adapter adds now; else "frozen".
+            "live": the student itself. "ema": an average of the student; under LoRA of its adapter. A model: frozen,
+            the caller's. A `Teacher`. None: frozen under LoRA, else ema.
         ema_rate: share of the student in every update.
         device: where the state of an EMA lives ("cpu" to spare accelerator memory); None is the parameters'.
         ema_dtype: of that state: fp32, or bf16 for a compensated pair of bf16 tensors. A bf16 model runs with the first
             of the pair: 4 bytes a parameter in place of 6. For an fp32 model fp32 is smaller, its state being the copy.
 
     Raises:
-        NotImplementedError: "sync" and "cached".
-        ValueError: an unknown kind, a rate outside (0, 1], another `ema_dtype`.
+        NotImplementedError: "sync" and "cached"; a sharded student or teacher (FSDP, ZeRO-3, tensor parallel).
+        ValueError: an unknown kind, a rate outside (0, 1], another `ema_dtype`; nothing that trains; merged adapters;
+            "base" where the adapter's initialisation changed the base weights or some of them train.
     """
+    refuse_sharded(model, "student")
     if isinstance(teacher, Teacher):
         return teacher
     if isinstance(teacher, nn.Module):
+        refuse_sharded(teacher, "teacher")
         made: Teacher = ModelTeacher(teacher) if teacher is not model else LiveTeacher(model)
     else:
         default = "frozen" if only_lora(model) else "ema"
-        kind = default if teacher is None else ALIASES.get(teacher, teacher)
+        kind = default if teacher is None else teacher
         if kind in LATER_KINDS:
             raise NotImplementedError(f"teacher={kind!r} is not supported yet; use one of {KINDS}")
         if kind == "live":
@@ -302,19 +380,42 @@ def make_teacher(
         elif kind == "ema":
             made = EMATeacher(model, ema_rate, device, ema_dtype)
         elif kind == "frozen":
-            made = AdapterOffTeacher(model) if only_lora(model) else SwapTeacher(model)
+            made = _frozen(model)
+        elif kind == "base":
+            refuse_changed_base(model)
+            made = AdapterOffTeacher(model) if getattr(model, "peft_config", None) else SwapTeacher(model)
         else:
             raise ValueError(f"teacher must be one of {KINDS}, a model, or None; got {teacher!r}")
     logger.info("teacher: %s, %.1f MiB beyond the student", made.kind, made.nbytes / 2**20)
     return made
 
 
-def only_lora(model: nn.Module) -> bool:
-    """Whether the model carries LoRA adapters and nothing else trains."""
-    if not getattr(model, "peft_config", None):
-        return False
-    trained = [name for name, p in model.named_parameters() if p.requires_grad]
-    return bool(trained) and all("lora_" in name for name in trained)
+def _frozen(model: nn.Module) -> Teacher:
+    """The student as it is now, at the least cost."""
+    if not only_lora(model):
+        return SwapTeacher(model)
+    if adapters_change_nothing(model):
+        return AdapterOffTeacher(model)
+    made = StartingAdapterTeacher(model)
+    logger.warning(
+        "the model's adapter adds something before the first step (it was trained before, or its initialisation does): "
+        "the frozen teacher is the model as it is now, with a copy of the adapter (%.1f MiB). teacher='base' is the "
+        "model with adapters off",
+        made.nbytes / 2**20,
+    )
+    return made
+
+
+def _all_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
+    """Every parameter under every name that it has."""
+    return model.named_parameters(remove_duplicate=False)
+
+
+def _other_model(name: str, what: str) -> RuntimeError:
+    return RuntimeError(
+        f"the teacher no longer fits its model: {name} {what} since the teacher was made. Change the model (resize, "
+        "untie, move, cast, add or set adapters) first, then make the SelfDistiller or teacher, and attach it"
+    )
 
 
 def _distance(student: Mapping[str, Tensor], teacher: Iterable[tuple[str, Tensor]]) -> Tensor:

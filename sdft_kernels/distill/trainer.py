@@ -33,6 +33,7 @@ from sdft_kernels.distill.rollouts import (
 from sdft_kernels.distill.running import RunningMetrics
 from sdft_kernels.models import context_length, verify_head
 from sdft_kernels.models.dropout import disable_dropout
+from sdft_kernels.models.unsupported import refuse_unsupported
 
 TEACHER_FILE = "teacher.safetensors"
 Rows = list[dict[str, Any]]
@@ -60,7 +61,7 @@ class SDFTTrainer(Trainer):
 
     Raises:
         ValueError: a missing column; whatever `SelfDistiller` refuses.
-        NotImplementedError: FSDP and DeepSpeed.
+        NotImplementedError: FSDP and DeepSpeed; a model that is sharded already.
     """
 
     loss_is_scaled_for_ga = True
@@ -83,6 +84,8 @@ class SDFTTrainer(Trainer):
         check_kind(self.rollouts)
         for dataset in (train_dataset, *(eval_dataset.values() if isinstance(eval_dataset, dict) else [eval_dataset])):
             _check_dataset(dataset, extra=("completion_ids",) if self.rollouts == "given" else ())
+        if isinstance(teacher, nn.Module):
+            refuse_unsupported(teacher, "teacher")
         model, processing_class = _load(model, processing_class, args, peft_config)
         super().__init__(
             model=model,
@@ -308,11 +311,16 @@ class SDFTTrainer(Trainer):
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is None or not self.distiller.state_dict():
+        if checkpoint is None:
             return
         path = os.path.join(checkpoint, TEACHER_FILE)
         if not os.path.isfile(path):
-            raise ValueError(f"{checkpoint} has no {TEACHER_FILE}: it was saved with another teacher or without state")
+            if self.distiller.state_dict():
+                raise ValueError(
+                    f"{checkpoint} has no {TEACHER_FILE}: its teacher was another one, or the base under a fresh "
+                    "adapter; resume with the teacher and the model the run started from (or teacher_model_kind='base')"
+                )
+            return
         from safetensors.torch import load_file
 
         self.distiller.load_state_dict(load_file(path))
@@ -351,6 +359,7 @@ def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tup
     set_seed(args.seed)  # LoRA weights are drawn here
     if isinstance(model, str):
         model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+    refuse_unsupported(model, "student")
     if tokenizer is None:
         tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
     if peft_config is not None:

@@ -27,6 +27,7 @@ from sdft_kernels.divergence import TokenDivergence, linear_divergence_loss, sdf
 from sdft_kernels.integrations.trl_prefix import completion_hidden
 from sdft_kernels.models import head_kwargs, head_spec, verify_head
 from sdft_kernels.models.hidden import unwrap_peft
+from sdft_kernels.models.unsupported import refuse_sharded
 from sdft_kernels.token_logprob import linear_token_logprob
 from sdft_kernels.topk_divergence import linear_topk_divergence
 
@@ -395,8 +396,8 @@ def check_trainer(trainer: Any) -> None:
     """Refuse what the fused trainer would get wrong.
 
     Raises:
-        NotImplementedError: a teacher server, FSDP, DeepSpeed ZeRO-3, DataParallel, torch_compile, a model spread over
-            devices, fp16, an adapter on the head, prompt-learning PEFT.
+        NotImplementedError: a teacher server, FSDP, DeepSpeed ZeRO-3, a model that is sharded already, DataParallel,
+            torch_compile, a model spread over devices, fp16, an adapter on the head, prompt-learning PEFT.
         ValueError: an unknown mode; a head or logit post-processing that is not known; hooks on the head.
     """
     args, accelerator = trainer.args, trainer.accelerator
@@ -409,6 +410,7 @@ def check_trainer(trainer: Any) -> None:
         if found:
             raise NotImplementedError(f"the fused SDFTTrainer does not support {what}: {fix}")
     for side in (model, accelerator.unwrap_model(trainer.teacher_model)):
+        refuse_sharded(side)
         head_kwargs(side)
         head = unwrap_peft(side).get_output_embeddings()
         if head._forward_hooks or head._forward_pre_hooks:

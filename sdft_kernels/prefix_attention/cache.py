@@ -73,9 +73,9 @@ class PrefixCache:
     """Keeps the keys and values of prefixes while the weights that made them last.
 
     An entry is found by: the model object (held weakly) and its version, mode, active adapters, dtype and autocast
-    dtype, rope parameters, first position, and the token ids, compared one by one. Whoever changes the weights calls
-    `invalidate`; a change that was not announced is found by a fingerprint of the weights (`identity.fingerprint`) at
-    the next use, and raises.
+    dtype, rope parameters, the values of its buffers (rotary frequencies), first position, and the token ids, compared
+    one by one. Whoever changes the weights calls `invalidate`; a change that was not announced is found by a
+    fingerprint of the weights (`identity.fingerprint`, which says what it does not see) at the next use, and raises.
 
     Over prefixes that come back in a fixed order, epoch after epoch, and do not all fit, LRU never hits; keeping the
     first that fit hits on all of those. So that is the default; "lru" is for prefixes that come back within a step.

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-# Elements read of each parameter. The 273 parameters of a 135M model take 5 ms on one core, next to a pass of seconds.
-SAMPLES = 64
+# Bytes of each tensor that are read in their order, beside the sum of all. Shorter tensors are read whole.
+SAMPLES = 1024
 
 
 class ModelState(NamedTuple):
@@ -25,6 +25,7 @@ class ModelState(NamedTuple):
         autocast: its dtype on the model's device, None where it is off.
         adapters: of each adapted layer, its active adapters and those merged into its weight.
         rope: the configuration's rope parameters and position limits, as text.
+        buffers: a digest of their values (`_digest`); rotary frequencies are among them.
     """
 
     training: bool
@@ -32,10 +33,11 @@ class ModelState(NamedTuple):
     autocast: torch.dtype | None
     adapters: tuple[tuple[tuple[str, ...], tuple[str, ...]], ...]
     rope: str
+    buffers: bytes
 
 
 class Fingerprint(NamedTuple):
-    """Of the weights in use: each one's in-place version counter and a digest of a strided sample of its values."""
+    """Of the weights in use: each one's in-place version counter, and a digest of their values (`_digest`)."""
 
     versions: tuple[int, ...]
     digest: bytes
@@ -47,6 +49,7 @@ def unwrapped(model: Any) -> nn.Module:
     return inner
 
 
+@torch.no_grad()
 def model_state(model: nn.Module) -> ModelState:
     """The state of `model` now."""
     parameters = [p for p in model.parameters() if p.is_floating_point()]
@@ -57,6 +60,7 @@ def model_state(model: nn.Module) -> ModelState:
         autocast=torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None,
         adapters=tuple((_active(layer), tuple(getattr(layer, "merged_adapters", ()))) for layer in _adapted(model)),
         rope=_rope(getattr(model, "config", None)),
+        buffers=_digest(model.buffers()),
     )
 
 
@@ -64,32 +68,53 @@ def model_state(model: nn.Module) -> ModelState:
 def fingerprint(model: nn.Module) -> Fingerprint:
     """The fingerprint of the parameters that `model` would use now; adapters that are off do not count.
 
-    A write that neither counts as in place for autograd (through ``.data``) nor touches a sampled element is not seen.
+    A write that counts as in place for autograd is seen; so is one that does not (through ``.data``), unless it keeps
+    both the tensor's sum, read as 64-bit integers, and the bytes of the sample: an exchange of elements can.
     """
     unused = {id(p) for p in _inactive_parameters(model)}
     parameters = [p for p in model.parameters() if id(p) not in unused]
     # Inference tensors have no version counter.
     versions = tuple(0 if p.is_inference() else p._version for p in parameters)
-    digest = hashlib.blake2b(digest_size=16)
+    return Fingerprint(versions, _digest(parameters))
+
+
+def _digest(tensors: Iterable[Tensor]) -> bytes:
+    """Of the values of `tensors`: any change of one element changes it.
+
+    Of each tensor the sum of all its bytes as 64-bit integers, and a sample in order. All of it is read: 135M fp32
+    parameters in 271 tensors take 80 ms on one core of an EPYC (Zen 3), next to a pass of seconds.
+    """
     by_device: dict[torch.device, list[Tensor]] = {}
-    for parameter in parameters:
-        sample = _sample(parameter)
-        by_device.setdefault(sample.device, []).append(sample)
-    for samples in by_device.values():
-        digest.update(torch.cat(samples).cpu().numpy().tobytes())
-    return Fingerprint(versions, digest.digest())
+    for tensor in tensors:
+        content = _bytes(tensor)
+        by_device.setdefault(content.device, []).extend((_sum(content), _sample(content)))
+    digest = hashlib.blake2b(digest_size=16)
+    for parts in by_device.values():
+        digest.update(torch.cat(parts).cpu().numpy().tobytes())
+    return digest.digest()
 
 
-def _sample(parameter: Tensor) -> Tensor:
-    """Up to `SAMPLES` elements, as bytes."""
-    local = parameter.to_local() if hasattr(parameter, "to_local") else parameter  # DTensor
-    flat = local.detach().reshape(-1)
-    if flat.is_meta:
-        raise ValueError(
-            "the model has parameters on the meta device (offloaded or not loaded): nothing to fingerprint"
-        )
+def _bytes(tensor: Tensor) -> Tensor:
+    """The tensor's bytes, (n,) uint8."""
+    local = tensor.to_local() if hasattr(tensor, "to_local") else tensor  # DTensor
+    if local.is_meta:
+        raise ValueError("the model has tensors on the meta device (offloaded or not loaded): nothing to fingerprint")
+    return local.detach().reshape(-1).contiguous().view(torch.uint8)
+
+
+def _sum(content: Tensor) -> Tensor:
+    """(8 to 15,) uint8: the sum of the whole 64-bit words, and the bytes behind them."""
+    whole = len(content) // 8 * 8
+    words = content[:whole]
+    if words.storage_offset() % 8:
+        words = words.clone()
+    return torch.cat([words.view(torch.int64).sum().reshape(1).view(torch.uint8), content[whole:]])
+
+
+def _sample(content: Tensor) -> Tensor:
+    """Up to about `SAMPLES` bytes."""
     # Odd, so that it is no multiple of a row's length, which would read one column only.
-    return flat[:: max(1, flat.numel() // SAMPLES) | 1].contiguous().view(torch.uint8)
+    return content if len(content) <= SAMPLES else content[:: (len(content) // SAMPLES) | 1]
 
 
 def _adapted(model: nn.Module) -> Iterator[Any]:
