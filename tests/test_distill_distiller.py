@@ -110,6 +110,24 @@ def test_weights_and_loss_mask_and_custom_token_losses():
         torch.testing.assert_close(a, 2 * b, rtol=1e-4, atol=1e-7)
 
 
+def test_a_callable_token_loss_takes_the_importance_ratio_too():
+    """As an affine one does: `importance_clip` with old log-probabilities was dropped without a word."""
+    batch = tiny.batch()
+    batch.old_logprobs = [[[-3.0 - 0.1 * i for i, _ in enumerate(c)] for c in group] for group in batch.completions]
+    results = []
+    for token_loss in (AffineTokenLoss(kl_teacher_student=2.0), lambda tokens, index: 2 * tokens.kl_teacher_student):
+        student, _, distiller = make(token_loss=token_loss, importance_clip=0.9)
+        out = distiller(batch)
+        out.loss.backward()
+        results.append((out.loss.detach(), gradients(student)))
+    (affine, expected), (custom, found) = results
+    plain = make(token_loss=AffineTokenLoss(kl_teacher_student=2.0))[2](batch).loss
+    torch.testing.assert_close(custom, affine, rtol=1e-6, atol=0)
+    assert abs(plain - affine) > 0.01 * affine
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-7)
+
+
 def test_truncated_importance_sampling_as_in_the_paper():
     """One factor per completion: the mean over its tokens of min(exp(old - sampling), 2)."""
     batch = tiny.batch(((4, 3), (2,)))

@@ -46,7 +46,9 @@ class SDFTConfig(TrainingArguments):
     temperature: float = _option(1.0, "Of sampling, and of both distributions in the loss.")
     top_p: float = _option(1.0, "Nucleus of the sampling; 1 is the whole distribution.")
     top_k: int = _option(0, "Tokens the sampling chooses from; 0 is all.")
-    generation_kwargs: dict[str, Any] | None = _option(None, "Further arguments of generate.")
+    generation_kwargs: dict[str, Any] | None = _option(
+        None, "Further arguments of generate; nothing of the model's generation_config applies but its end tokens."
+    )
     chat_template_kwargs: dict[str, Any] | None = _option(None, "Arguments of apply_chat_template.")
     rollouts: str = _option("student", "Where completions come from: student, teacher, dataset or given.")
     loss: Literal["kl", "ce"] = _option("kl", "kl, or ce: cross-entropy on the completions without a teacher.")

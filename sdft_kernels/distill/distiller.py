@@ -65,7 +65,7 @@ class SelfDistiller:
         sampling_clip: upper limit of exp(old - sampling_logprobs) before its mean over a completion (paper's code: 2).
         loss: "kl", or "ce": cross-entropy on the completions, without a teacher pass.
         token_loss: replaces `alpha`: an `AffineTokenLoss` with float weights, or a callable (tokens, index) -> (C,),
-            elementwise over tokens. Multiplied by the token weights above.
+            elementwise over tokens. Multiplied by the token weights above, and by the importance ratio.
         memory_budget: bytes the fused loss may use; None is the op's default.
         token_budget: padded tokens per forward pass of the backbone.
         share_prefix: compute what completions have in common (their prompts) once, for student and teacher. None: where
@@ -275,8 +275,7 @@ class SelfDistiller:
         if isinstance(self.token_loss, AffineTokenLoss):
             scaled: dict[str, Any] = {name: value * weight for name, value in self.token_loss.weights().items()}
             return AffineTokenLoss(**scaled, alpha=self.token_loss.alpha, old_logprob=old, importance_clip=clip)
-        custom = self.token_loss
-        return lambda tokens, index: custom(tokens, index) * weight[index]
+        return _scaled(self.token_loss, weight, old, clip)
 
     def _importance(self, flat: FlatBatch, tokens: TokenDivergence, ratio: Tensor | None) -> Tensor | None:
         """(N,) importance weights in use, or None."""
@@ -290,6 +289,19 @@ class SelfDistiller:
         """0 connected to every trained parameter: backward and gradient synchronisation run as in any other step."""
         trained = [p.flatten()[:0].sum() for p in self.model.parameters() if p.requires_grad]
         return torch.stack(trained).sum() if trained else torch.zeros(())
+
+
+def _scaled(token_loss: Any, weight: Tensor, old: Tensor | None, clip: float | None) -> Any:
+    """A callable token loss times the weight of its tokens, and their importance ratio, (N,) each."""
+
+    def scaled(tokens: TokenDivergence, index: Tensor) -> Tensor:
+        value: Tensor = token_loss(tokens, index) * weight[index]
+        if old is None or clip is None or tokens.student_logprob is None:
+            return value
+        gap = tokens.student_logprob.detach() - old[index]
+        return value * gap.clamp(-20, 20).exp().clamp(max=clip)
+
+    return scaled
 
 
 def _sum_by(values: Tensor, group: Tensor, groups: int) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from sdft_kernels.models.decode_linear import compiled_linears
-from sdft_kernels.models.hidden import evaluation_mode
+from sdft_kernels.models.hidden import evaluation_mode, unwrap_peft
 from sdft_kernels.models.rope import generation_batches, reset_rope
 from sdft_kernels.models.shared_prefill import prefill_obstacle, prefilled_inputs
 
@@ -23,6 +24,15 @@ Completions = list[list[list[int]]]
 RolloutFunction = Callable[[list[list[int]], int], Completions | tuple[Completions, list[list[list[float]]]]]
 
 KINDS = ("student", "teacher", "dataset", "given")
+# What a model's generation config may forbid; the loss would give these tokens their probability all the same.
+_FORBIDS_TOKENS = ("suppress_tokens", "begin_suppress_tokens", "bad_words_ids")
+# The keys of a call that say how its result is to be read.
+_RESERVED = {
+    "num_return_sequences": "num_generations",
+    "return_dict_in_generate": "nothing (completions are lists of ids)",
+    "input_ids": "prompts",
+    "attention_mask": "prompts",
+}
 
 
 def check_kind(rollouts: str | RolloutFunction) -> None:
@@ -47,6 +57,11 @@ def generate_completions(
 ) -> Completions:
     """Sample completions with the model's own `generate`, in eval mode (restored), from a random state of its own.
 
+    They follow the distribution that the loss compares, softmax(logits / temperature), and what `generation_kwargs`
+    makes of it: nothing of the model's generation config applies (it may hold `repetition_penalty`, `min_p`, lengths,
+    beams, …), and it is left as it was. Where it forbids tokens (`suppress_tokens`, `begin_suppress_tokens`,
+    `bad_words_ids`), a warning says once that rollouts do not.
+
     Args:
         model: a transformers model with `generate` (PEFT models too).
         prompts: token-id lists; batched with left padding and an attention mask.
@@ -54,21 +69,52 @@ def generate_completions(
         max_completion_length: tokens at most.
         eos_token_ids: a completion ends at the first of these, which it includes. Found by position: padding that
             repeats the end-of-sequence token is never mistaken for one.
-        temperature: of sampling; 0 is greedy.
+        temperature: of sampling; 0 is greedy: one completion is computed, and copied R times.
         seed: of the sampling. The global random state is left as it was.
         batch_size: sequences generated at once; None is all of them.
-        generation_kwargs: further arguments of `generate` (`top_p`, `top_k`, …).
+        generation_kwargs: further arguments of `generate` (`top_p`, `top_k`, a `generation_config`, …), which win over
+            the ones above.
         share_prefill: compute each prompt once for its R completions, where model and arguments allow it (a warning
             says why not, once). The distribution is the same; in fp32 nearly every completion is, token by token.
 
     Returns:
         Per prompt a list of R token-id lists.
+
+    Raises:
+        ValueError: no generation or a negative temperature; arguments in `generation_kwargs` that another argument
+            stands for, or that `generate` refuses.
     """
     if not prompts:
         return []
+    arguments = _arguments(num_generations, max_completion_length, eos_token_ids, temperature, generation_kwargs or {})
+    repeats, ends = arguments["num_return_sequences"], _as_list(arguments["eos_token_id"])
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # little padding within a batch
-    step = max(1, (batch_size or len(prompts) * num_generations) // num_generations)
+    step = max(1, (batch_size or len(prompts) * repeats) // repeats)
     device = model.get_input_embeddings().weight.device
+    results: Completions = [[] for _ in prompts]
+    with evaluation_mode(model), _seeded(seed, device), compiled_linears(model), _own_settings(model, arguments):
+        for rows in generation_batches(model, prompts, order, step, arguments["max_new_tokens"]):
+            input_ids, attention_mask = _left_padded([prompts[i] for i in rows], arguments["pad_token_id"], device)
+            output = _generate(model, input_ids, attention_mask, arguments, share_prefill)
+            generated = output[:, input_ids.shape[1] :].tolist()
+            for row, i in enumerate(rows):
+                group = generated[row * repeats : (row + 1) * repeats] * (num_generations // repeats)
+                results[i] = [cut_at_eos(ids, ends) for ids in group]
+    return results
+
+
+def _arguments(
+    num_generations: int,
+    max_completion_length: int,
+    eos_token_ids: Sequence[int],
+    temperature: float,
+    generation_kwargs: Mapping[str, Any],
+) -> dict[str, Any]:
+    """Of `generate`, beside the prompts; `num_return_sequences` is 1 where all completions of a prompt are the same."""
+    if num_generations < 1:
+        raise ValueError(f"num_generations must be at least 1, got {num_generations}")
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature must be 0 (greedy) or positive and finite, got {temperature}")
     arguments: dict[str, Any] = dict(
         max_new_tokens=max_completion_length,
         do_sample=temperature > 0,
@@ -76,22 +122,54 @@ def generate_completions(
         eos_token_id=list(eos_token_ids) or None,
         pad_token_id=eos_token_ids[0] if eos_token_ids else 0,
         use_cache=True,
-    )
-    if temperature > 0:
-        # top_k=0 and top_p=1: the model's own distribution, not the one its generation_config narrows (top_k is 50 by
-        # default), since the loss compares whole distributions.
-        arguments |= dict(temperature=temperature, top_k=0, top_p=1.0)
-    arguments |= generation_kwargs or {}
-    results: Completions = [[] for _ in prompts]
-    with evaluation_mode(model), _seeded(seed, device), compiled_linears(model):
-        for rows in generation_batches(model, prompts, order, step, arguments["max_new_tokens"]):
-            input_ids, attention_mask = _left_padded([prompts[i] for i in rows], arguments["pad_token_id"], device)
-            output = _generate(model, input_ids, attention_mask, arguments, share_prefill)
-            generated = output[:, input_ids.shape[1] :].tolist()
-            for row, i in enumerate(rows):
-                group = generated[row * num_generations : (row + 1) * num_generations]
-                results[i] = [cut_at_eos(ids, eos_token_ids) for ids in group]
-    return results
+    ) | _given(generation_kwargs)
+    if arguments["do_sample"]:
+        # transformers' own default narrows top_k to 50.
+        arguments = dict(temperature=temperature, top_k=0, top_p=1.0) | arguments
+    elif (arguments.get("num_beams") or 1) == 1:
+        arguments["num_return_sequences"] = 1
+    return arguments
+
+
+def _given(generation_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """The caller's arguments of `generate`, those of a generation config among them spelled out."""
+    given = dict(generation_kwargs)
+    config = given.pop("generation_config", None)
+    own = {} if config is None else {k: v for k, v in vars(config).items() if v is not None and not k.startswith("_")}
+    given = own | given
+    for name, instead in _RESERVED.items():
+        if given.get(name) is not None:
+            raise ValueError(f"generation_kwargs holds {name}={given[name]!r}: use {instead} of generate_completions")
+    return {name: value for name, value in given.items() if name not in _RESERVED}
+
+
+@contextlib.contextmanager
+def _own_settings(model: nn.Module, arguments: Mapping[str, Any]) -> Iterator[None]:
+    """Inside, `generate` finds no generation config but one of this call's length and token ids.
+
+    `generate` takes from the model's whatever it is not given, also where it is given None, and what is None has no
+    neutral value that could be given. A PEFT wrapper hands the one that it finds to the model inside.
+    """
+    owners: list[Any] = [module for module in model.modules() if vars(module).get("generation_config") is not None]
+    saved = [owner.generation_config for owner in owners]
+    forbidden = {n for n in _FORBIDS_TOKENS for c in saved if getattr(c, n, None) and arguments.get(n) is None}
+    if forbidden:
+        _warn_once(
+            f"the generation config of this {type(unwrap_peft(model)).__name__} sets {', '.join(sorted(forbidden))}: "
+            "off in rollouts, since the loss is over the whole vocabulary; pass them in generation_kwargs to keep them"
+        )
+    if owners:
+        from transformers import GenerationConfig
+
+        names = ("max_new_tokens", "eos_token_id", "pad_token_id", "use_cache")
+        blank = GenerationConfig(**{name: arguments[name] for name in names})
+    for owner in owners:
+        owner.generation_config = blank
+    try:
+        yield
+    finally:
+        for owner, config in zip(owners, saved, strict=True):
+            owner.generation_config = config
 
 
 def _generate(model: Any, input_ids: Tensor, attention_mask: Tensor, arguments: dict[str, Any], share: bool) -> Tensor:
@@ -138,10 +216,13 @@ def call_rollouts(
 
 def stop_token_ids(model: nn.Module, tokenizer: Any = None) -> list[int]:
     """Every token id that ends a completion: the model's generation config's, and the tokenizer's end of sequence."""
-    ids = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    result = [ids] if isinstance(ids, int) else list(ids or [])
+    result = _as_list(getattr(getattr(model, "generation_config", None), "eos_token_id", None))
     eos = getattr(tokenizer, "eos_token_id", None)
     return result if eos is None or eos in result else [eos, *result]
+
+
+def _as_list(ids: int | Sequence[int] | None) -> list[int]:
+    return [ids] if isinstance(ids, int) else list(ids or [])
 
 
 @contextlib.contextmanager
