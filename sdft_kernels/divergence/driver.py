@@ -108,7 +108,8 @@ def plan(
     copied = 0 if rows.ROUNDS else gemm.bytes_per_logit(device)
     per_token = rows.row_stride(vocabulary) * (2 * size + copied)
     per_token += 3 * size * (student.input.shape[1] + teacher.input.shape[1])  # a chunk's hidden states and dX
-    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(tokens[2], vocabulary, size, device.type)
+    fixed = max(gemm.scratch_bytes(device, head.weight) for head in (student, teacher))
+    fixed += rows.scratch_bytes(tokens[2], vocabulary, size, device.type)
     return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
 

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from .._gemm import dense
 from .._head import ABSENT_TARGET, IDENTITY, Transform
 from .fields import GIVEN, MAX_LOG_MASS, PADDING, Restriction, TopkDivergence
 
 
 def _log_softmax(input: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor]:
     """Raw logits and log p, (N, V) each."""
-    raw = input @ weight.t()
+    raw = dense(input) @ dense(weight).t()
     if bias is not None:
         raw = raw + bias
     raw = raw.to(torch.float64 if raw.dtype == torch.float64 else torch.float32)
