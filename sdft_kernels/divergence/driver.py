@@ -213,7 +213,11 @@ class _Call:
             affine = self.token_loss or Affine({})
             grad = self._run_affine(affine, student, teacher, target, take, keep, tokens, loss)
         else:
-            positions = torch.arange(place.start, place.stop, device=loss.device) if isinstance(take, slice) else take
+            positions = (
+                torch.arange(place.start, place.stop, dtype=torch.int64, device=loss.device)
+                if isinstance(take, slice)
+                else take
+            )
             grad = self._run_callable(self.token_loss, student, teacher, target, positions, keep, tokens, loss)
         if self.jsd_is is not None:
             tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]

@@ -41,5 +41,5 @@ def shared_completion_hidden(model: Any, input_ids: Tensor, attention_mask: Tens
         enable_shared_prefix(model)
     groups = packed_hidden_states(model, prompts, [[completion] for completion in completions])
     hidden = torch.cat([piece for group in groups for piece in group])
-    rows = torch.cat([torch.arange(n) + i * length for i, n in enumerate(lengths)]).to(hidden.device)
+    rows = torch.cat([torch.arange(n, dtype=torch.int64) + i * length for i, n in enumerate(lengths)]).to(hidden.device)
     return hidden.new_zeros(len(lengths) * length, hidden.shape[-1]).index_copy(0, rows, hidden)

@@ -250,7 +250,7 @@ def verify_head(model: nn.Module, rtol: float | None = None) -> None:
     spec, base = head_spec(model), unwrap_peft(model)
     with evaluation_mode(base):
         vocabulary = spec.weight.shape[0]
-        ids = (torch.arange(1, 5, device=spec.weight.device) * 7919 % vocabulary)[None]
+        ids = (torch.arange(1, 5, dtype=torch.int64, device=spec.weight.device) * 7919 % vocabulary)[None]
         expected = base(input_ids=ids, use_cache=False).logits.float()
         hidden = hidden_states(model, ids)
         logits = nn.functional.linear(hidden.to(spec.weight.dtype), spec.weight, spec.bias).float() * spec.logit_scale

@@ -12,11 +12,13 @@ from .tree import PrefixTree
 
 def visible_keys(tree: PrefixTree, prefix: int, window: int | None) -> Tensor:
     """(T, prefix + T) bool: which keys each token sees; the cached prefix stands first."""
-    owner = torch.repeat_interleave(torch.arange(len(tree)), torch.tensor(tree.lengths, dtype=torch.int64))
+    owner = torch.repeat_interleave(
+        torch.arange(len(tree), dtype=torch.int64), torch.tensor(tree.lengths, dtype=torch.int64)
+    )
     above = torch.zeros(len(tree), len(tree), dtype=torch.bool)
     for segment, path in enumerate(tree.paths):
         above[segment, list(path)] = True
-    position = torch.cat([torch.arange(prefix), tree.to("cpu").positions + prefix])
+    position = torch.cat([torch.arange(prefix, dtype=torch.int64), tree.to("cpu").positions + prefix])
     mine = position[prefix:, None]
     seen = torch.cat([torch.ones(tree.tokens, prefix, dtype=torch.bool), above[owner][:, owner]], dim=1)
     seen &= position <= mine

@@ -100,7 +100,11 @@ def linear_topk_divergence_reference(
     teacher_transform: Transform = IDENTITY,
 ) -> TopkDivergence:
     """`linear_topk_divergence` with the logits in memory, in the inputs' own dtype; autograd does the gradient."""
-    index = torch.arange(len(student_input), device=student_input.device) if mask is None else mask.nonzero()[:, 0]
+    index = (
+        torch.arange(len(student_input), dtype=torch.int64, device=student_input.device)
+        if mask is None
+        else mask.nonzero()[:, 0]
+    )
     raw, x = _log_softmax(student_input[index], student_weight, student_bias, student_transform)
     teacher_ids, teacher_raw, y = None, raw, x
     with torch.no_grad():
