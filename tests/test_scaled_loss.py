@@ -50,7 +50,7 @@ def gradients(function, x, scale, frozen, **options):
 
 
 def bias(gradient, expected):
-    """By what factor the gradient is too long, but for 1: roundings of its numbers cancel there, one of a factor not."""
+    """By how much the gradient is too long: the roundings of its numbers cancel there, that of a factor does not."""
     a, e = gradient.double(), expected.double()
     return abs((a * e).sum() / (e * e).sum() - 1).item()
 
