@@ -222,7 +222,8 @@ def _check_weight(weight: Tensor, name: str) -> None:
     if type(weight).__name__ == "DTensor" or hasattr(weight, "placements"):
         raise ValueError(
             f"the head weight of {name} is a DTensor (FSDP2 or tensor parallel), which the op cannot read: gather it "
-            "with full_tensor() inside the wrapper's forward, or keep the head out of sharding"
+            'by full_tensor(grad_placements=[Partial("avg")]), call the loss in the forward of the unit that holds it, '
+            "or keep the head out of sharding"
         )
     if weight.numel() == 0 or weight.is_meta:
         raise ValueError(
