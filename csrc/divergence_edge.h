@@ -48,14 +48,17 @@ void set_gradient(DivergenceTask<real>& task, const Tensor& gradient, const Tens
   const bool same = gradient.scalar_type() == TYPE<real>;
   STD_TORCH_CHECK(same || (sizeof(real) == sizeof(float) && gradient.scalar_type() == ScalarType::BFloat16),
                   "divergence_rows_: gradient must have the tile's dtype, or bf16 over a tile in fp32");
-  STD_TORCH_CHECK(gradient.dim() == 2 && gradient.size(0) == task.count && gradient.size(1) == task.vocabulary,
-                  "divergence_rows_: gradient must have the tile's shape");
+  STD_TORCH_CHECK(gradient.dim() == 2 && gradient.size(0) == task.count && gradient.size(1) >= task.vocabulary &&
+                      (gradient.size(1) <= 1 || gradient.stride(1) == 1) &&
+                      (task.count <= 1 || gradient.stride(0) >= gradient.size(1)),
+                  "divergence_rows_: gradient must have the tile's shape, or more columns, to be filled with 0");
   STD_TORCH_CHECK(gradient.const_data_ptr() == student.const_data_ptr() &&
                       (task.count <= 1 || gradient.stride(0) == (same ? 1 : 2) * student.stride(0)),
                   "divergence_rows_: each row of gradient must start where the student's does");
   task.gradient_kind = same ? GradientKind::same : GradientKind::bf16;
   task.gradient = gradient.mutable_data_ptr();
   task.gradient_stride = gradient.stride(0);
+  task.gradient_columns = gradient.size(1);
 }
 
 // The operator `divergence_rows_` on the device of `Rows`, whose run(stage, task, stream) is called.

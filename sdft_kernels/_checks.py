@@ -61,10 +61,21 @@ def check_tensors(values: Mapping[str, object]) -> None:
             raise ValueError(f"{name} must be a tensor, got {type(value).__name__}")
 
 
+def _whole(name: str) -> str:
+    """How to pass a sharded head. Plain `full_tensor()` leaves each shard the gradient of its own process, silently."""
+    if name.startswith("teacher"):
+        return f"pass {name}.detach().full_tensor(), called on every process"
+    return (
+        "call the loss in the head's own forward if the head is an FSDP2 unit, else in the forward of the unit that "
+        f'holds it: the weight is whole there; or pass {name}.full_tensor(grad_placements=[Partial("avg")]), which '
+        "averages its gradient over the processes as FSDP2 does (Partial is in torch.distributed.tensor)"
+    )
+
+
 def check_weight(name: str, weight: Tensor) -> None:
     """Whole and local: a head that a wrapper has sharded cannot be read here."""
     if hasattr(weight, "full_tensor"):
-        raise ValueError(f"{name} is a DTensor: pass {name}.full_tensor(), gathered once inside the wrapper's forward")
+        raise ValueError(f"{name} is a DTensor: {_whole(name)}")
     if weight.numel() == 0:
         raise ValueError(
             f"{name} is empty, {tuple(weight.shape)}: a sharded parameter (ZeRO-3) must be gathered around this call"

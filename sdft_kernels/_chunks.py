@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ._checks import same_tensor
+from ._gemm import dense
 from ._head import Transform
 
 DEFAULT_MEMORY_BUDGET = {"cpu": 256 * 2**20, "cuda": 1536 * 2**20}
@@ -119,5 +120,5 @@ def cut(
 
 def hidden_states(input: Tensor, take: slice | Tensor, keep: Tensor | None) -> Tensor:
     """A chunk's (C, H) inputs; whatever a masked token holds must not reach a product, not even times 0."""
-    hidden = input[take]
+    hidden = dense(input[take])
     return hidden if keep is None else hidden.masked_fill(~keep[:, None], 0)

@@ -1,5 +1,8 @@
 """The matrix products of the head ops, with fp32 results whatever the operands are. Their drivers call nothing else.
 
+No operand has bytes of anything else between its rows, unless they are zeros: the library's bf16 product on AMX reads
+each row in whole tiles of 64 bytes and multiplies what lies behind it by 0, which makes NaN of NaN (oneDNN #5717).
+
 "Upcast" below: PyTorch has no bf16 x bf16 -> fp32 product on CPU, so there the vocabulary is walked in slices of rows
 that are cast to fp32 one at a time; the weight is never cast whole. The compiled products need no such cast.
 """
@@ -38,6 +41,17 @@ def exact_matmul(precision: str | None) -> Iterator[None]:
             backend.fp32_precision = value
 
 
+def is_dense(tensor: Tensor) -> bool:
+    """Whether its elements, in any order of dimensions, fill the memory from its first to its last."""
+    places = zip(tensor.shape, tensor.stride(), strict=True)
+    return tensor.numel() == 0 or 1 + sum((size - 1) * stride for size, stride in places) == tensor.numel()
+
+
+def dense(tensor: Tensor) -> Tensor:
+    """The tensor where it is dense, else a copy: what lies between a view's rows may never have been written."""
+    return tensor if is_dense(tensor) else tensor.contiguous()
+
+
 @dataclass(frozen=True)
 class Gemm:
     """Products of (n, H) hidden states, a (V, H) weight and (n, V) logits or their gradients.
@@ -61,7 +75,7 @@ class Gemm:
             own = threads * 4 * NATIVE_THREAD_ROWS * min(hidden + 15, NATIVE_THREAD_COLUMNS)
         if self.gradient_dtype(device) == torch.bfloat16:
             own = max(own, threads * NATIVE_GRADIENT_BYTES + NATIVE_BYTES_PER_HIDDEN * (hidden + 47))
-        if weight.dtype == self.operand == self.accumulate:
+        if weight.dtype == self.operand == self.accumulate and is_dense(weight):
             return own
         return 2 * UPCAST_SLICE_BYTES + own
 
@@ -82,13 +96,13 @@ class Gemm:
         return grad.to(self.gradient_dtype(grad.device))
 
     def prepare(self, weight: Tensor) -> Tensor:
-        """A head as the products read it: on CPU as it is, cast slice by slice; elsewhere cast once per call.
+        """A head as the products read it: on CPU as it is, cast or copied slice by slice; elsewhere once per call.
 
         fp32 master weights under autocast would else be cast in every chunk, at 60 % of a product's time (2 ps of
         traffic beside 3.3 ps of arithmetic an element at 1,300 tokens, by an H100's data sheet). Autocast keeps the
         same copy.
         """
-        return weight if weight.device.type == "cpu" else weight.to(self.operand)
+        return weight if weight.device.type == "cpu" else dense(weight.to(self.operand))
 
     def project(self, hidden: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
         """out (n, V) = hidden weight^T + bias."""
@@ -100,13 +114,13 @@ class Gemm:
             for rows, part in self._slices(weight, self.accumulate):
                 torch.mm(self._cast(hidden), part.t(), out=out[:, rows])
         else:
-            torch.mm(hidden.to(self.operand), weight.to(self.operand).t(), out_dtype=self.accumulate, out=out)
+            torch.mm(dense(hidden.to(self.operand)), weight.to(self.operand).t(), out_dtype=self.accumulate, out=out)
         if bias is not None:
             out += bias.to(self.accumulate)
 
     def grad_input(self, grad: Tensor, weight: Tensor, out: Tensor) -> None:
-        """out (n, H) = grad weight."""
-        if grad.device.type == "cpu" and grad.dtype == weight.dtype == out.dtype == self.operand:
+        """out (n, H) = grad weight; `grad` is dense, or followed by zeros in each of its rows."""
+        if grad.device.type == "cpu" and grad.dtype == weight.dtype == out.dtype == self.operand and is_dense(weight):
             # bf16 too is summed in fp32 and rounded once: over 49,152 terms its error is that of rounding, 0.17 %.
             torch.mm(grad, weight, out=out)
         elif grad.device.type == "cpu" or self.operand == self.accumulate:
@@ -119,16 +133,16 @@ class Gemm:
             out.copy_(torch.mm(grad, weight.to(self.operand), out_dtype=self.accumulate))
 
     def grad_weight(self, grad: Tensor, hidden: Tensor, total: Tensor) -> None:
-        """total (V, H) += grad^T hidden."""
+        """total (V, H) += grad^T hidden; `grad` as in `grad_input`."""
         if grad.device.type == "cpu" and grad.dtype != self.accumulate:
             _native.weight_grad_gemm(grad, hidden.to(self.operand).contiguous(), total)
         elif grad.device.type == "cpu" or self.operand == self.accumulate:
             total.addmm_(grad.t(), self._cast(hidden))
         else:
-            torch.addmm(total, grad.t(), hidden.to(self.operand), out_dtype=self.accumulate, out=total)
+            torch.addmm(total, grad.t(), dense(hidden.to(self.operand)), out_dtype=self.accumulate, out=total)
 
     def _cast(self, operand: Tensor) -> Tensor:
-        return operand.to(self.operand).to(self.accumulate)
+        return dense(operand.to(self.operand).to(self.accumulate))
 
     def compiles_logits(self, weight: Tensor) -> bool:
         """Whether the compiled logits product takes this head and wins.
@@ -143,13 +157,13 @@ class Gemm:
     def _slices(
         self, weight: Tensor, dtype: torch.dtype, beside: Tensor | None = None
     ) -> Iterator[tuple[slice, Tensor]]:
-        """The weight, rounded to `operand`, in `dtype`: whole if it is that already, else slice by slice.
+        """The weight, rounded to `operand`, in `dtype`: whole if it is that already, and dense, else slice by slice.
 
         Where the matching columns of `beside` are cast too, slices are short enough for both.
         """
         rows, width = weight.shape[0], max(weight.shape[1], 1)
         cast_beside = beside is not None and beside.dtype != dtype
-        if weight.dtype == self.operand == dtype and not cast_beside:
+        if weight.dtype == self.operand == dtype and not cast_beside and is_dense(weight):
             yield slice(0, rows), weight
             return
         if beside is not None and cast_beside:
@@ -157,4 +171,4 @@ class Gemm:
         step = max(1, UPCAST_SLICE_BYTES // (width * self.accumulate.itemsize))
         for start in range(0, rows, step):
             part = slice(start, min(start + step, rows))
-            yield part, weight[part].to(self.operand).to(dtype)
+            yield part, dense(weight[part].to(self.operand).to(dtype))

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from sdft_kernels._rows import row_stride, whole_rows
 from sdft_kernels.divergence import rows_native
-from sdft_kernels.divergence.rows_native import _factors, _gradient_view, _table, row_stride
+from sdft_kernels.divergence.rows_native import _factors, _sealed, _table
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "tests" / "emulator" / "divergence.cpp"
@@ -54,7 +55,7 @@ class EmulatedRows:
         gradient_dtype,
     ):  # fmt: skip
         assert student.stride() == teacher.stride() and student.stride(0) % 16 == 0
-        gradient = None if gradient_dtype is None else _gradient_view(student, gradient_dtype)
+        gradient = None if gradient_dtype is None else whole_rows(student, gradient_dtype)
         keep = None if keep is None else keep.view(torch.uint8)
         tensors = (student, teacher, target, keep, _table(weights, student), old_logprob, tokens, loss, gradient)
         pointers = (ctypes.c_void_p * 9)(*(None if x is None else x.data_ptr() for x in tensors))
@@ -66,4 +67,4 @@ class EmulatedRows:
         )  # fmt: skip
         name = "emulated_affine_float" if student.dtype == torch.float32 else "emulated_affine_double"
         getattr(library(), name)((ctypes.c_double * 7)(*numbers), (ctypes.c_int64 * 8)(*map(int, sizes)), pointers)
-        return gradient
+        return None if gradient is None else _sealed(gradient, student.shape[1])

@@ -105,8 +105,10 @@ def test_dtensor_weight_names_the_fix():
             return self
 
     x = make_divergence_inputs()
-    with pytest.raises(ValueError, match="DTensor.*full_tensor"):
+    with pytest.raises(ValueError, match=r"DTensor.*forward.*full_tensor\(grad_placements=\[Partial\(\"avg\"\)\]\)"):
         call(x, student_weight=x.student_weight.as_subclass(Sharded))
+    with pytest.raises(ValueError, match=r"teacher_weight is a DTensor: pass teacher_weight.detach\(\).full_tensor"):
+        call(x, teacher_weight=x.teacher_weight.as_subclass(Sharded))
 
 
 @pytest.mark.parametrize("pack", (True, False))

@@ -170,7 +170,7 @@ def _mask_vocabulary(inputs: DivergenceInputs) -> DivergenceInputs:
     import torch
 
     assert inputs.student_bias is not None and inputs.teacher_bias is not None
-    masked = torch.arange(inputs.student_bias.shape[0], device=inputs.student_bias.device) % 5 == 1
+    masked = torch.arange(inputs.student_bias.shape[0], dtype=torch.int64, device=inputs.student_bias.device) % 5 == 1
     masked[inputs.target[inputs.target >= 0]] = False
     return inputs.replace(
         student_bias=inputs.student_bias.masked_fill(masked, -math.inf),
@@ -234,7 +234,7 @@ def _check_ema(impl: str, dtype: str, device: str) -> Row:
 
     row = Row("ema_update_", impl, dtype, "rate 0.01")
     generator = torch.Generator().manual_seed(0)
-    start, step = torch.randn(2, 64, 1003, generator=generator).to(device)
+    start, step = torch.randn(2, 64, 1003, generator=generator, dtype=torch.float32).to(device)
     param = (start + 0.01 * step).to({"fp32": torch.float32, "bf16": torch.bfloat16}[dtype])
     truth = start.double().lerp(param.double(), 0.01)
     eager = start + 0.01 * (param.float() - start)

@@ -226,19 +226,19 @@ class SelfDistiller:
     ) -> tuple[Tensor, Tensor | None]:
         """((N,) fp32 weights 1 / (length * completions), times the caller's; (N,) truncated sampling ratio or None)."""
         lengths = torch.tensor(flat.lengths, dtype=torch.int64, device=mask.device)
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=mask.device), lengths)
+        sequence = torch.repeat_interleave(torch.arange(len(lengths), dtype=torch.int64, device=mask.device), lengths)
         counted = _sum_by(mask.float(), sequence, len(lengths)).clamp(min=1)
         weight = 1.0 / (counted[sequence] * max(num_completions or len(lengths), 1))
         if flat.weights is not None:
-            weight = weight * torch.tensor(flat.weights, device=mask.device)
+            weight = weight * torch.tensor(flat.weights, dtype=torch.float32, device=mask.device)
         if flat.sampling_logprobs is None:
             return weight, None
         old = flat.old_logprobs
         if old is None:
             old_logprob = self._logprob(student_input, target, head, None, ("logprob",)).logprob.float()
         else:
-            old_logprob = torch.tensor(old, device=mask.device)
-        gap = old_logprob - torch.tensor(flat.sampling_logprobs, device=mask.device)
+            old_logprob = torch.tensor(old, dtype=torch.float32, device=mask.device)
+        gap = old_logprob - torch.tensor(flat.sampling_logprobs, dtype=torch.float32, device=mask.device)
         truncated = gap.clamp(-20, 20).exp().clamp(max=self.sampling_clip)
         per_sequence = _sum_by(truncated, sequence, len(lengths)) / lengths.clamp(min=1)
         ratio = per_sequence[sequence]
@@ -268,7 +268,7 @@ class SelfDistiller:
     def _token_loss(self, flat: FlatBatch, weight: Tensor) -> Any:
         old = None
         if self.importance_clip is not None and flat.old_logprobs is not None:
-            old = torch.tensor(flat.old_logprobs, device=weight.device)
+            old = torch.tensor(flat.old_logprobs, dtype=torch.float32, device=weight.device)
         clip = None if old is None else self.importance_clip
         if self.token_loss is None:
             return sdft_token_loss(self.alpha, weight, old, clip)
@@ -281,14 +281,16 @@ class SelfDistiller:
         """(N,) importance weights in use, or None."""
         if self.importance_clip is None or flat.old_logprobs is None or tokens.student_logprob is None:
             return ratio
-        gap = tokens.student_logprob - torch.tensor(flat.old_logprobs, device=tokens.student_logprob.device)
+        gap = tokens.student_logprob - torch.tensor(
+            flat.old_logprobs, dtype=torch.float32, device=tokens.student_logprob.device
+        )
         clipped = gap.clamp(-20, 20).exp().clamp(max=self.importance_clip)
         return clipped if ratio is None else clipped * ratio
 
     def _zero_with_graph(self) -> Tensor:
         """0 connected to every trained parameter: backward and gradient synchronisation run as in any other step."""
         trained = [p.flatten()[:0].sum() for p in self.model.parameters() if p.requires_grad]
-        return torch.stack(trained).sum() if trained else torch.zeros(())
+        return torch.stack(trained).sum() if trained else torch.zeros((), dtype=torch.float32)
 
 
 def _scaled(token_loss: Any, weight: Tensor, old: Tensor | None, clip: float | None) -> Any:

@@ -92,7 +92,7 @@ class Passes:
             numbers["predicted_speedup"] = speedup
         if self.cache is not None:
             numbers |= {"prefix_cache_hits": counts.hits, "prefix_cache_mib": self.cache.statistics.bytes / 2**20}
-        return {name: torch.tensor(float(value), device=device) for name, value in numbers.items()}
+        return {name: torch.tensor(float(value), dtype=torch.float32, device=device) for name, value in numbers.items()}
 
     def _predicted_speedup(self, counts: PassCounts) -> float | None:
         groups, self._groups = self._groups, {}

@@ -49,7 +49,9 @@ class RunningMetrics:
             total, weight = accelerator.reduce(pair, reduction="sum").tolist()
             result[name] = total if name in SUMMED else total / max(weight, 1)
         if self._lengths:
-            result["num_loss_tokens"] = int(accelerator.reduce(torch.as_tensor(self._tokens), reduction="sum"))
+            result["num_loss_tokens"] = int(
+                accelerator.reduce(torch.as_tensor(self._tokens, dtype=torch.int64), reduction="sum")
+            )
             count = len(self._lengths)
             result["completions/mean_length"] = sum(self._lengths) / count
             result["completions/max_length"] = max(self._lengths)

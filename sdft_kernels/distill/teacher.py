@@ -74,7 +74,7 @@ class Teacher:
 
     def distance(self) -> Tensor:
         """Euclidean distance of teacher and student over the trained parameters, a 0-d fp32 tensor."""
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
 
     @property
     def nbytes(self) -> int:
@@ -319,7 +319,7 @@ class EMATeacher(SwapTeacher):
         return {**self.state, **{f"{name}{LOW}": tensor for name, tensor in self.low.items()}}
 
     def state_dict(self) -> dict[str, Tensor]:
-        return {**self._tensors(), "updates": torch.tensor(self.updates)}
+        return {**self._tensors(), "updates": torch.tensor(self.updates, dtype=torch.int64)}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:

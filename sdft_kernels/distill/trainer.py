@@ -140,7 +140,7 @@ class SDFTTrainer(Trainer):
         """The micro-batches of one optimizer step, sampled together, and the completions in them over all processes."""
         micro_batches = list(itertools.islice(epoch_iterator, num_batches))
         batches = self._batches(micro_batches, self._seed(self.state.global_step))
-        count = torch.tensor(sum(map(len, batches)), device=device)
+        count = torch.tensor(sum(map(len, batches)), dtype=torch.int64, device=device)
         return batches, int(self.accelerator.gather(count).sum())
 
     def _batches(self, micro_batches: list[Rows], seed: int) -> list[DistillBatch]:
@@ -251,7 +251,7 @@ class SDFTTrainer(Trainer):
     def _track_num_input_tokens(self, inputs: DistillBatch) -> None:
         if self.args.include_num_input_tokens_seen != "no":
             tokens = sum(map(len, inputs.flatten().student_prompts)) + sum(inputs.flatten().lengths)
-            count = torch.tensor(tokens, device=self.args.device)
+            count = torch.tensor(tokens, dtype=torch.int64, device=self.args.device)
             self.state.num_input_tokens_seen += int(self.accelerator.gather(count).sum())
 
     # Evaluation and logging

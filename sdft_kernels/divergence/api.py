@@ -244,7 +244,7 @@ def _reference(t: Tensors, o: Options) -> TokenDivergence:
 
 def _reference_loss(t: Tensors, o: Options, token_loss: Affine | TokenLoss) -> tuple[Tensor, TokenDivergence]:
     every = _reference(t, o)
-    index = torch.arange(t.student_input.shape[0], device=t.student_input.device)
+    index = torch.arange(t.student_input.shape[0], dtype=torch.int64, device=t.student_input.device)
     if t.mask is not None:
         index = index[t.mask]
     tokens = every.apply(lambda f: f[index])

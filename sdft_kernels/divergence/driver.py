@@ -108,7 +108,8 @@ def plan(
     copied = 0 if rows.ROUNDS else gemm.bytes_per_logit(device)
     per_token = rows.row_stride(vocabulary) * (2 * size + copied)
     per_token += 3 * size * (student.input.shape[1] + teacher.input.shape[1])  # a chunk's hidden states and dX
-    fixed = gemm.scratch_bytes(device, student.weight) + rows.scratch_bytes(tokens[2], vocabulary, size, device.type)
+    fixed = max(gemm.scratch_bytes(device, head.weight) for head in (student, teacher))
+    fixed += rows.scratch_bytes(tokens[2], vocabulary, size, device.type)
     return cut(tokens, per_token, fixed, memory_budget, device, vocabulary)
 
 
@@ -212,7 +213,11 @@ class _Call:
             affine = self.token_loss or Affine({})
             grad = self._run_affine(affine, student, teacher, target, take, keep, tokens, loss)
         else:
-            positions = torch.arange(place.start, place.stop, device=loss.device) if isinstance(take, slice) else take
+            positions = (
+                torch.arange(place.start, place.stop, dtype=torch.int64, device=loss.device)
+                if isinstance(take, slice)
+                else take
+            )
             grad = self._run_callable(self.token_loss, student, teacher, target, positions, keep, tokens, loss)
         if self.jsd_is is not None:
             tokens[FIELDS.index("jsd")] = tokens[FIELDS.index(self.jsd_is)]

@@ -48,7 +48,7 @@ def directed_kl(teacher_student: Tensor, weight: Weight = 1.0) -> AffineTokenLos
     if not isinstance(teacher_student, Tensor) or teacher_student.dtype != torch.bool or teacher_student.dim() != 1:
         raise ValueError(f"teacher_student must be an (N,) bool tensor, got {_describe(teacher_student)}")
     weight = _data("weight", weight)
-    here = teacher_student.to(weight.dtype if isinstance(weight, Tensor) else torch.get_default_dtype())
+    here = teacher_student.to(weight.dtype if isinstance(weight, Tensor) else torch.float32)
     return AffineTokenLoss(kl_teacher_student=weight * here, kl_student_teacher=weight * (1 - here))
 
 
@@ -345,7 +345,7 @@ def ppo_clip(
 
     def token_loss(tokens: TokenDivergence, index: Tensor) -> Tensor:
         s = _number(tokens, "student_logprob", "ppo_clip")
-        a = torch.as_tensor(_at(advantage, index, s)).to(s)
+        a = torch.as_tensor(_at(advantage, index, s), dtype=s.dtype, device=s.device)
         ratio = _ratio(s, old.to(s)[index])
         loss = torch.maximum(-a * ratio, -a * ratio.clamp(1 - clip_low, 1 + clip_high))
         if dual_clip is not None:
@@ -418,7 +418,7 @@ def _data(name: str, value: Weight) -> Weight:
         raise ValueError(f"{name} must be a float or an (N,) tensor of numbers, got {_describe(value)}")
     if value.requires_grad:
         raise ValueError(f"{name} requires grad and would get none: detach it, or use linear_divergence")
-    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+    return value if value.is_floating_point() else value.to(torch.float32)
 
 
 def _at(value: Weight, index: Tensor, like: Tensor) -> Weight:
@@ -440,7 +440,8 @@ def _ratio(s: Tensor, old: Tensor) -> Tensor:
 def _old_logprob(value: Tensor) -> Tensor:
     if not isinstance(value, Tensor) or value.dim() != 1:
         raise ValueError(f"old_logprob must be an (N,) tensor, got {_describe(value)}")
-    return torch.as_tensor(_data("old_logprob", value))
+    value = _data("old_logprob", value)  # type: ignore[assignment]
+    return value
 
 
 def _number(tokens: TokenDivergence, name: str, who: str) -> Tensor:

@@ -2,7 +2,7 @@
 
 The statistics take one read, the JSD one more, the gradient the last, each in the opposite direction of the one before:
 what was read last is still in the cache, and a row that fits there is fetched once. Letters and formulas are those of
-the op's README. Rows are padded to 16 elements (`row_stride`), so that every access moves 16 bytes whatever V is.
+the op's README. Rows are padded (`_rows.row_stride`), so that every access moves 16 bytes whatever V is.
 
 A gradient in bf16 is written over the upper half of the fp32 row that it is computed from. Element v goes to byte
 2 * stride + 2 v, never below byte 4 v of the row, so a walk from the end only overwrites what it has read; the barrier

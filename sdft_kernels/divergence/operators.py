@@ -21,6 +21,7 @@ from .fields import DIFFERENTIABLE, FIELDS
 from .token_loss import TokenLoss
 
 NAMESPACE = "sdft_kernels"
+SCALE_BLOCK = 2**20  # elements
 SCHEMA = """linear_divergence(
     Tensor student_input, Tensor student_weight, Tensor? student_bias,
     Tensor teacher_input, Tensor teacher_weight, Tensor? teacher_bias, Tensor? target, Tensor? mask,
@@ -162,14 +163,26 @@ class LossFunction(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
-        grads = ctx.saved_tensors
-        if torch.compiler.is_compiling() or _graph_is_kept():
-            grads = [None if g is None else g * grad_loss.to(g.dtype) for g in grads]
+        grads, scale = ctx.saved_tensors, grad_loss.reshape(1)
+        if torch.compiler.is_compiling():
+            grads = [None if g is None else (g * scale).to(g.dtype) for g in grads]
+        elif _graph_is_kept():
+            grads = [None if g is None else _scale_(g.clone(), scale) for g in grads]
         elif grad_loss.device.type != "cpu" or grad_loss.item() != 1:  # asking elsewhere would synchronise
-            for g in grads:
-                if g is not None:
-                    g.mul_(grad_loss.to(g.dtype))
+            grads = [None if g is None else _scale_(g, scale) for g in grads]
         return (*grads, None, None, None, None, None)
+
+
+def _scale_(gradient: Tensor, scale: Tensor) -> Tensor:
+    """`gradient` times `scale`, (1,) in fp32, in place: the product is made in fp32 and rounded once.
+
+    A 0-d scale would be rounded to bf16 first, which is off by up to 0.4 %.
+    """
+    whole = gradient.view(-1)
+    # On CPU the fp32 product is a tensor of its own.
+    for block in whole.split(SCALE_BLOCK) if gradient.device.type == "cpu" else (whole,):
+        torch.mul(block, scale, out=block)
+    return gradient
 
 
 def _graph_is_kept() -> bool:

@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from .._gemm import dense
 from .._head import ABSENT_TARGET, IDENTITY, Transform
 from .fields import TokenDivergence
 
 
 def logits(input: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> Tensor:
     """z of shape (N, V); a logit of -inf stays -inf through scale, softcap and temperature."""
-    raw = input @ weight.t()
+    raw = dense(input) @ dense(weight).t()
     if bias is not None:
         raw = raw + bias
     absent = raw == -math.inf

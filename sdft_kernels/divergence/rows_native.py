@@ -2,8 +2,8 @@
 
 CPU: a row of both models is read twice, the second time from the cache, by the build for the processor's instruction
 set. CUDA has the affine kernel alone: a cluster of thread blocks keeps the row in shared memory and reads it once.
-Rows of a tile are padded to 16 elements (`row_stride`); a gradient in bf16 lies in the lower half of the fp32 row that
-it was computed from.
+Rows of a tile are padded (`_rows.row_stride`); a gradient in bf16 lies in the lower half of the fp32 row that it was
+computed from. All else of a row is then 0: library products may read past a row's end, where 0 times NaN would be NaN.
 """
 
 from __future__ import annotations
@@ -12,17 +12,12 @@ import torch
 from torch import Tensor
 
 from .._head import Transform
-from .._rows import on_device
+from .._rows import on_device, whole_rows
+from .._rows import row_stride as row_stride
 from .fields import DIFFERENTIABLE
 from .statistics import PARTIAL, STATE
 
 ROUNDS = True  # gradients come out in the dtype of the next product; the driver need not copy them
-ALIGNMENT = 16  # elements: 64 bytes, a cache line and the widest vector
-
-
-def row_stride(vocabulary: int) -> int:
-    """Elements from one row of a tile to the next."""
-    return -(-vocabulary // ALIGNMENT) * ALIGNMENT
 
 
 def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cpu") -> int:
@@ -45,14 +40,14 @@ def affine_(
     gradient_dtype: torch.dtype | None,  # None: no gradient
 ) -> Tensor | None:
     """Statistics, token loss and gradient of a tile; returns dL/dlogits, (C, V), which lies in the student's tile."""
-    gradient = None if gradient_dtype is None else _gradient_view(student, gradient_dtype)
+    gradient = None if gradient_dtype is None else whole_rows(student, gradient_dtype)
     clipped = importance_clip is not None and old_logprob is not None
     _run(
         "affine", student, teacher, transforms, alpha, target, keep, weights=_table(weights, student),
         old_logprob=old_logprob if clipped else None, importance_clip=importance_clip if clipped else None,
         tokens=tokens, loss=loss, gradient=gradient,
     )  # fmt: skip
-    return gradient
+    return None if gradient is None else _sealed(gradient, student.shape[1])
 
 
 def divergence_stats(
@@ -113,10 +108,10 @@ def divergence_grad_(
     gradient_dtype: torch.dtype,
 ) -> Tensor:
     """dL/dlogits, (C, V), which lies in the student's tile."""
-    gradient = _gradient_view(student, gradient_dtype)
+    gradient = whole_rows(student, gradient_dtype)
     weights = _table(upstream, student)
     _run("gradient", student, teacher, transforms, alpha, target, keep, weights=weights, state=state, gradient=gradient)
-    return gradient
+    return _sealed(gradient, student.shape[1])
 
 
 def _table(weights: dict[str, Tensor], like: Tensor) -> Tensor:
@@ -127,14 +122,11 @@ def _table(weights: dict[str, Tensor], like: Tensor) -> Tensor:
     return table
 
 
-def _gradient_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """The part of the student's tile that receives the gradient: all of a row, or its lower half in a 2-byte dtype."""
-    if dtype == tile.dtype:
-        return tile
-    if 2 * dtype.itemsize != tile.dtype.itemsize:
-        raise ValueError(f"a gradient in {dtype} does not fit over logits in {tile.dtype}")
-    (count, vocabulary), stride = tile.shape, max(tile.stride(0), tile.shape[1])
-    return tile.as_strided((count, stride), (stride, 1)).view(dtype)[:, :vocabulary]
+def _sealed(whole: Tensor, vocabulary: int) -> Tensor:
+    """The gradient in `whole` rows; what follows it is 0, which the CPU kernels write while a row is in the cache."""
+    if whole.device.type != "cpu":
+        whole[:, vocabulary:].zero_()
+    return whole[:, :vocabulary]
 
 
 def _run(

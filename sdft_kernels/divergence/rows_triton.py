@@ -1,7 +1,8 @@
 """Row kernels in Triton: launch parameters, and one program per token of the kernels in `kernels_triton`.
 
-Rows of a tile are padded to 16 elements (`row_stride`), so that every access moves 16 bytes whatever V is. A gradient
-in bf16 lies in the upper half of the fp32 row that it was computed from.
+Rows of a tile are padded (`_rows.row_stride`), so that every access moves 16 bytes whatever V is. A gradient in bf16
+lies in the upper half of the fp32 row that it was computed from. All else of a row is then 0: a library product may
+read past a row's end, where 0 times NaN would be NaN.
 """
 
 from __future__ import annotations
@@ -15,13 +16,14 @@ import torch
 from torch import Tensor
 
 from .._head import Transform
-from .._rows import on_device
+from .._rows import on_device, whole_rows
+from .._rows import row_stride as row_stride
 from .fields import DIFFERENTIABLE
 from .kernels_triton import affine_kernel, grad_kernel, mixture_kernel, partial_kernel, stats_kernel
 from .statistics import PARTIAL, STATE
 
 ROUNDS = True  # gradients come out in the dtype of the next product; the driver need not copy them
-ALIGNMENT = 16  # elements: 64 bytes, and what Triton needs to know of a stride to use 16-byte accesses
+ALIGNMENT = 16  # elements: what Triton needs to know of a stride to use 16-byte accesses
 CONFIGURATIONS = Path(__file__).with_name("rows_triton.json")
 
 
@@ -59,11 +61,6 @@ def _capability(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def row_stride(vocabulary: int) -> int:
-    """Elements from one row of a tile to the next."""
-    return -(-vocabulary // ALIGNMENT) * ALIGNMENT
-
-
 def scratch_bytes(count: int, vocabulary: int, itemsize: int, device_type: str = "cuda") -> int:
     """Bytes that a call on `count` rows needs beyond the two tiles: none."""
     return 0
@@ -89,7 +86,7 @@ def affine_(
         affine_kernel, student, teacher, transforms, gradient, target, keep, *_weights(weights), old_logprob,
         tokens, loss, alpha=alpha, clip=importance_clip,
     )  # fmt: skip
-    return gradient
+    return None if gradient is None else _sealed(gradient, student)
 
 
 def divergence_stats(
@@ -153,7 +150,7 @@ def divergence_grad_(
     gradient = _gradient_view(student, gradient_dtype)
     weights = _weights(upstream)
     _launch(grad_kernel, student, teacher, transforms, gradient, target, keep, *weights, state, alpha=alpha)
-    return gradient
+    return _sealed(gradient, student)
 
 
 def _weights(weights: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
@@ -162,13 +159,18 @@ def _weights(weights: dict[str, Tensor]) -> tuple[Tensor | None, ...]:
 
 
 def _gradient_view(tile: Tensor, dtype: torch.dtype) -> Tensor:
-    """The part of the student's tile that receives the gradient: all of a row, or its upper half in a 2-byte dtype."""
-    if dtype == tile.dtype:
-        return tile
-    if 2 * dtype.itemsize != tile.dtype.itemsize:
-        raise ValueError(f"a gradient in {dtype} does not fit over logits in {tile.dtype}")
-    (count, vocabulary), stride = tile.shape, tile.stride(0)
-    return tile.as_strided((count, stride), (stride, 1)).view(dtype)[:, stride : stride + vocabulary]
+    """The part of the student's tile that receives the gradient: all of a row, or its upper half in a 2-byte dtype.
+
+    The kernels write zeros in the padding behind a row.
+    """
+    return whole_rows(tile, dtype)[:, -tile.stride(0) :][:, : tile.shape[1]]
+
+
+def _sealed(gradient: Tensor, tile: Tensor) -> Tensor:
+    """The gradient, with zeros in place of what is left of the logits before its rows."""
+    if gradient.dtype != tile.dtype:
+        whole_rows(tile, gradient.dtype)[:, : tile.stride(0)].zero_()
+    return gradient
 
 
 def _launch(

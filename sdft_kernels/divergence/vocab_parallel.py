@@ -44,7 +44,7 @@ class Shard:
             ValueError: the ranks have different numbers of tokens, or another has no room for one (`chunk` 0).
         """
         group = dist.distributed_c10d._resolve_process_group(group_name)  # type: ignore[attr-defined, arg-type]
-        sizes = torch.tensor([count, rows, chunk], device=device)
+        sizes = torch.tensor([count, rows, chunk], dtype=torch.int64, device=device)
         every = [torch.empty_like(sizes) for _ in range(dist.get_world_size(group))]
         dist.all_gather(every, sizes, group=group)
         counts, all_rows, chunks = torch.stack(every).t().tolist()

@@ -131,7 +131,7 @@ class _FusedMixin:
     def _compute_teacher_student_logits(self, model: Any, teacher_model: Any, inputs: Mapping) -> DeferredForward:
         mask = inputs["completion_mask"]
         if self.num_loss_tokens_to_skip > 0:
-            position = torch.arange(mask.shape[1], device=mask.device)
+            position = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device)
             mask = mask * (position >= self.num_loss_tokens_to_skip).to(mask.dtype)
         return DeferredForward(inputs["completion_ids"], mask, teacher_model)
 

@@ -75,7 +75,7 @@ class PackedRow:
         return {
             "position_ids": torch.cat(positions)[None],
             # Four dimensions: transformers passes it on as it is and builds no (T, T) mask from the position ids.
-            "attention_mask": torch.zeros(1, 1, 1, 1, device=device),
+            "attention_mask": torch.zeros(1, 1, 1, 1, dtype=torch.float32, device=device),
             "use_cache": False,
             KEYWORD: self,
         }

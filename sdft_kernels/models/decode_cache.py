@@ -52,7 +52,8 @@ class DecodeLayer(CacheLayerMixin):
         if self.buffers is not None and self.tokens <= self.buffers[0].shape[2]:
             return self.buffers
         room = max(FIRST_TOKENS, self.tokens, 0 if self.buffers is None else 2 * self.buffers[0].shape[2])
-        key, value = (x.new_empty(*x.shape[:2], room, x.shape[3]) for x in states)
+        # Zeros, since products read views of the buffers, and some read a few bytes behind them.
+        key, value = (x.new_zeros(*x.shape[:2], room, x.shape[3]) for x in states)
         if self.buffers is not None:
             for old, new in zip(self.buffers, (key, value), strict=True):
                 new[:, :, : old.shape[2]] = old

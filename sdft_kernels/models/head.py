@@ -236,7 +236,8 @@ def _check_weight(weight: Tensor, name: str) -> None:
     if type(weight).__name__ == "DTensor" or hasattr(weight, "placements"):
         raise ValueError(
             f"the head weight of {name} is a DTensor (FSDP2 or tensor parallel), which the op cannot read: gather it "
-            "with full_tensor() inside the wrapper's forward, or keep the head out of sharding"
+            'by full_tensor(grad_placements=[Partial("avg")]), call the loss in the forward of the unit that holds it, '
+            "or keep the head out of sharding"
         )
     if weight.numel() == 0 or weight.is_meta:
         raise ValueError(
@@ -264,7 +265,7 @@ def verify_head(model: nn.Module, rtol: float | None = None) -> None:
     spec, base = head_spec(model), unwrap_peft(model)
     with evaluation_mode(base):
         vocabulary = spec.weight.shape[0]
-        ids = (torch.arange(1, 5, device=spec.weight.device) * 7919 % vocabulary)[None]
+        ids = (torch.arange(1, 5, dtype=torch.int64, device=spec.weight.device) * 7919 % vocabulary)[None]
         expected = base(input_ids=ids, use_cache=False).logits.float()
         hidden = hidden_states(model, ids)
         beginning = hidden_states(model, ids[:, :2])

@@ -162,7 +162,7 @@ def completion_hidden_states(
 
 def _ranges(starts: Sequence[int], lengths: Sequence[int]) -> Tensor:
     """The integers start, ..., start + length - 1 of every range, one after the other."""
-    return torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths, strict=True)])
+    return torch.cat([torch.arange(s, s + n, dtype=torch.int64) for s, n in zip(starts, lengths, strict=True)])
 
 
 def _micro_batches(

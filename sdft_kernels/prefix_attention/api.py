@@ -41,7 +41,7 @@ def shared_prefix_attention(
     bits of query, key and value along a segment's path, its output has the same bits whatever the other segments are.
     Memory beyond inputs, outputs and gradients: on CPU buffers for the gradients of key and value, as few as keep the
     threads busy and at most four times the query, and for bf16 all operands in fp32; of the composition one segment's
-    output, and for bf16 the gradients, in fp32.
+    output, for bf16 the gradients, in fp32, and copies of operands that are views with gaps.
 
     Args:
         query: (T, Hq, D), fp32, bf16 or fp64; T packed tokens in the tree's order, D up to 256. Differentiable. Under

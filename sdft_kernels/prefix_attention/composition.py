@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .._checks import accumulate_dtype
+from .._gemm import dense
 from . import part_dense, part_flash
 from .call import Grads, Inputs, Options, grad_of_sinks
 from .part_dense import BLOCK_KEYS, BLOCK_ROWS
@@ -22,6 +23,7 @@ from .parts import FULL, Merged, Part, blocks, segment_parts
 
 def forward(inputs: Inputs, options: Options) -> tuple[Tensor, Tensor]:
     """(T, Hq, D) in the query's dtype, and the (T, Hq) natural-log LSE in fp32 (fp64 for fp64)."""
+    inputs = _dense(inputs)
     query = inputs.query
     wide = accumulate_dtype(query.dtype)
     out = torch.zeros(query.shape, dtype=query.dtype, device=query.device)
@@ -44,6 +46,7 @@ def backward(
     inputs: Inputs, options: Options, out: Tensor, lse: Tensor, grad: Tensor, grad_lse: Tensor | None
 ) -> Grads:
     """Gradients from the saved output and LSE, and the gradients of both (`grad_lse` may be None)."""
+    inputs = _dense(inputs)
     query, key, value = inputs[:3]
     wide = accumulate_dtype(query.dtype)
     totals = [torch.zeros(x.shape, dtype=wide, device=x.device) for x in (query, key, value)]
@@ -63,6 +66,11 @@ def backward(
             totals[2][part.keys] += grads[2]
     grad_query, grad_key, grad_value = (total.to(query.dtype) for total in totals)
     return Grads(grad_query, grad_key, grad_value, grad_of_sinks(inputs.sinks, lse, delta))
+
+
+def _dense(inputs: Inputs) -> Inputs:
+    """Without the gaps of views: parts of them enter library products, which may read past a row's end."""
+    return Inputs(*(None if x is None else dense(x) for x in inputs))  # type: ignore[arg-type]
 
 
 def _calls(inputs: Inputs, options: Options, segment: int, dense: bool = False) -> Iterator[tuple[ModuleType, Part]]:

@@ -21,7 +21,11 @@ BLOCK_KEYS = 512
 def band_mask(part: Part, device: torch.device) -> Tensor:
     """(rows, keys) bool: True where the row sees the key."""
     length, count = part.size
-    gap = torch.arange(length, device=device)[:, None] + part.shift - torch.arange(count, device=device)
+    gap = (
+        torch.arange(length, dtype=torch.int64, device=device)[:, None]
+        + part.shift
+        - torch.arange(count, dtype=torch.int64, device=device)
+    )
     return (gap >= 0) & (gap < part.window)
 
 

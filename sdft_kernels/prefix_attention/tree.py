@@ -140,7 +140,9 @@ class PrefixTree:
     def rows(self, sequence: int) -> Tensor:
         """(tokens of the sequence,) int64: the packed rows of sequence `sequence`, from its root to its leaf."""
         path = self.paths[self.leaves[sequence]]
-        spans = [torch.arange(self.offsets[i], self.offsets[i + 1], device=self.device) for i in path]
+        spans = [
+            torch.arange(self.offsets[i], self.offsets[i + 1], dtype=torch.int64, device=self.device) for i in path
+        ]
         return torch.cat(spans)
 
     def to(self, device: torch.device | str) -> PrefixTree:

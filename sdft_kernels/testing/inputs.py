@@ -90,6 +90,6 @@ def make_divergence_inputs(
     if bias:
         student_bias = 0.3 * normal(vocabulary)
         biases = [student_bias, student_bias + 0.3 * gap * normal(vocabulary)]
-    keep = torch.rand(tokens, generator=g) < 0.7 if mask else None
+    keep = torch.rand(tokens, generator=g, dtype=torch.float32) < 0.7 if mask else None
     drawn = DivergenceInputs(state, weight, other, other_weight, target, keep, *biases)
     return drawn.to(dtype, device)

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from .._gemm import dense
 from .._head import ABSENT_TARGET, IDENTITY, Transform
 from .fields import TokenLogprob
 
@@ -24,7 +25,7 @@ def linear_token_logprob_reference(
     if mask is not None:
         index = mask.nonzero()[:, 0]
         input, target = input[index], target[index]
-    raw = input @ weight.t()
+    raw = dense(input) @ dense(weight).t()
     if bias is not None:
         raw = raw + bias
     raw = raw.to(torch.float64 if raw.dtype == torch.float64 else torch.float32)

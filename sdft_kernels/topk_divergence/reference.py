@@ -7,13 +7,14 @@ import math
 import torch
 from torch import Tensor
 
+from .._gemm import dense
 from .._head import ABSENT_TARGET, IDENTITY, Transform
 from .fields import GIVEN, MAX_LOG_MASS, PADDING, Restriction, TopkDivergence
 
 
 def _log_softmax(input: Tensor, weight: Tensor, bias: Tensor | None, transform: Transform) -> tuple[Tensor, Tensor]:
     """Raw logits and log p, (N, V) each."""
-    raw = input @ weight.t()
+    raw = dense(input) @ dense(weight).t()
     if bias is not None:
         raw = raw + bias
     raw = raw.to(torch.float64 if raw.dtype == torch.float64 else torch.float32)
@@ -99,7 +100,11 @@ def linear_topk_divergence_reference(
     teacher_transform: Transform = IDENTITY,
 ) -> TopkDivergence:
     """`linear_topk_divergence` with the logits in memory, in the inputs' own dtype; autograd does the gradient."""
-    index = torch.arange(len(student_input), device=student_input.device) if mask is None else mask.nonzero()[:, 0]
+    index = (
+        torch.arange(len(student_input), dtype=torch.int64, device=student_input.device)
+        if mask is None
+        else mask.nonzero()[:, 0]
+    )
     raw, x = _log_softmax(student_input[index], student_weight, student_bias, student_transform)
     teacher_ids, teacher_raw, y = None, raw, x
     with torch.no_grad():

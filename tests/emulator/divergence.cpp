@@ -115,6 +115,7 @@ void launch(const double* numbers, const int64_t* sizes, void* const* pointers) 
   task.loss = static_cast<real*>(pointers[7]);
   task.gradient = pointers[8];
   task.gradient_stride = sizes[3];
+  task.gradient_columns = sizes[1];
   task.gradient_kind = static_cast<GradientKind>(sizes[4]);
   run(task, static_cast<int>(sizes[5]), static_cast<int>(sizes[6]), sizes[7] != 0);
 }

@@ -257,6 +257,14 @@ void write_gradient_of_exponentials(const DivergenceTask<real>& task, const Row<
   }
 }
 
+// Zeros from entry `begin` of a row of the gradient to the end of its columns.
+template <typename real>
+void zero_gradient(const DivergenceTask<real>& task, int64_t index, int64_t begin) {
+  const int64_t size = task.gradient_kind == GradientKind::bf16 ? 2 : static_cast<int64_t>(sizeof(real));
+  char* row = static_cast<char*>(task.gradient) + index * task.gradient_stride * size;
+  std::memset(row + begin * size, 0, static_cast<size_t>((task.gradient_columns - begin) * size));
+}
+
 template <typename real>
 void gradient_of_row(const DivergenceTask<real>& task, const Row<real>& row, const Numbers<double>& n,
                      Upstream<double> g, int64_t index, const BlockPivots* kept = nullptr) {
@@ -277,13 +285,7 @@ void gradient_of_row(const DivergenceTask<real>& task, const Row<real>& row, con
   } else if constexpr (sizeof(real) == sizeof(float)) {
     write(static_cast<uint16_t*>(task.gradient));
   }
-}
-
-template <typename real>
-void zero_gradient(const DivergenceTask<real>& task, int64_t index) {
-  const int64_t size = task.gradient_kind == GradientKind::bf16 ? 2 : static_cast<int64_t>(sizeof(real));
-  char* row = static_cast<char*>(task.gradient) + index * task.gradient_stride * size;
-  std::memset(row, 0, static_cast<size_t>(task.vocabulary * size));
+  zero_gradient(task, index, task.vocabulary);
 }
 
 // Whether this row's gradient is made of probabilities alone.
@@ -309,7 +311,7 @@ void affine(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
         gradient_of_row(task, row, n, g, i, keep);
       }
     } else if (task.gradient_kind != GradientKind::none) {
-      zero_gradient(task, i);
+      zero_gradient(task, i, 0);
     }
   }
 }
@@ -351,7 +353,7 @@ void gradient(const DivergenceTask<real>& task, int64_t begin, int64_t end) {
     if (kept(task, i)) {
       gradient_of_row(task, Row<real>(task, i), numbers_from_state(task, i), upstream_of<double>(task, i, 1.0), i);
     } else {
-      zero_gradient(task, i);
+      zero_gradient(task, i, 0);
     }
   }
 }

@@ -37,6 +37,7 @@ struct DivergenceTask {
   GradientKind gradient_kind;
   void* gradient;  // over the student's tile: row r at r * gradient_stride elements of its own type
   int64_t gradient_stride;
+  int64_t gradient_columns;  // at least `vocabulary`; the CPU kernels write zeros beyond it
 };
 
 }  // namespace sdft

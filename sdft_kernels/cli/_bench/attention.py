@@ -26,7 +26,11 @@ class AttentionWorkload:
         generator = torch.Generator().manual_seed(case.seed)
         self.leaves = []
         for heads in (case.heads, case.key_heads, case.key_heads, case.heads):  # query, key, value, upstream gradient
-            rows = torch.randn(self.tree.tokens, heads, case.head_size, generator=generator).to(rounded).to(dtype)
+            rows = (
+                torch.randn(self.tree.tokens, heads, case.head_size, generator=generator, dtype=torch.float32)
+                .to(rounded)
+                .to(dtype)
+            )
             self.leaves.append(self._layout(rows).to(case.device).contiguous())
         self.upstream = self.leaves.pop()
         if not self.packed:

@@ -94,7 +94,7 @@ def _normal(
     rows = max(1, _NOISE_ELEMENTS // size[1])
     for start in range(0, size[0], rows):
         part = out[start : start + rows]
-        noise = torch.randn(part.shape, generator=generator, device=device).mul_(std)
+        noise = torch.randn(part.shape, generator=generator, device=device, dtype=torch.float32).mul_(std)
         part.copy_(noise if base is None else noise.add_(base[start : start + rows]))
     return out
 
