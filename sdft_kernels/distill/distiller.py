@@ -30,13 +30,18 @@ class DistillOutput(NamedTuple):
 
     Attributes:
         loss: 0-d, differentiable.
-        metrics: detached 0-d tensors by name (nats; means over the tokens in the loss).
+        metrics: detached 0-d tensors by name (nats; means over the tokens in the loss). Which names there are depends
+            on the batch: reduce them over processes together, from one fixed list (`RunningMetrics`), never one by one.
         tokens: per-token numbers of the batch, (N,) each, packed over completions.
+        mask: (N,) bool, True at the tokens in the loss.
+        importance: (N,) detached importance weights where any are in use, else None.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     tokens: TokenDivergence
+    mask: Tensor
+    importance: Tensor | None
 
 
 class SelfDistiller:
@@ -171,11 +176,12 @@ class SelfDistiller:
             loss, tokens = linear_divergence_loss(**inputs, token_loss=self._token_loss(flat, weight), **heads)
         if not len(target):
             loss = loss + self._zero_with_graph()
-        metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
+        importance = self._importance(flat, tokens, ratio)
+        metrics = token_metrics(tokens, mask, importance, with_teacher=self.loss == "kl")
         metrics |= self.passes.take_metrics(mask.device)
         if torch.is_grad_enabled():
             give_back_freed_memory(device)
-        return DistillOutput(loss, metrics, tokens)
+        return DistillOutput(loss, metrics, tokens, mask, importance)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The teacher's state; the student's is the model's own."""
@@ -233,10 +239,12 @@ class SelfDistiller:
             old_logprob = self._logprob(student_input, target, head, None, ("logprob",)).logprob.float()
         else:
             old_logprob = torch.tensor(old, device=mask.device)
-        gap = old_logprob - torch.tensor(flat.sampling_logprobs, device=mask.device)
+        sampling = torch.tensor(flat.sampling_logprobs, dtype=torch.float32, device=mask.device)
+        gap = old_logprob - sampling
         truncated = gap.clamp(-20, 20).exp().clamp(max=self.sampling_clip)
         per_sequence = _sum_by(truncated, sequence, len(lengths)) / lengths.clamp(min=1)
-        ratio = per_sequence[sequence]
+        # NaN stands for a completion that came without (`DistillBatch`).
+        ratio = per_sequence[sequence].where(~sampling.isnan(), 1.0)
         return weight * ratio, ratio
 
     def _logprob(

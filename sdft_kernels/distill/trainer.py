@@ -47,18 +47,21 @@ class SDFTTrainer(Trainer):
             string or chat messages ending in a user turn) and `privileged_context` (the demonstration: a string or
             chat messages). `rollouts="dataset"` takes the completion from a column `completion` where there is one,
             else from the demonstration; `rollouts="given"` needs `completion_ids` (R token-id lists) and uses
-            `sampling_logprobs` where there is such a column.
+            `sampling_logprobs` of the rows that have it.
         processing_class: the tokenizer; None loads it from the model's folder.
         rollouts: a callable (prompts, n) -> completions[, sampling log-probabilities] in place of `args.rollouts`.
         teacher: a model or `Teacher` in place of `args.teacher_model_kind`.
         peft_config: wraps the model with PEFT.
         callbacks, optimizers: as in Trainer.
 
-    Evaluation gives `eval_loss` and the metrics of a batch on completions of the held-out prompts, and
+    Every log has the metrics of a batch (`SelfDistiller`) over all tokens of all processes since the last one: means,
+    counts, the effective sample size, and quantiles to 0.5 %; then lengths of completions, and how many of them have no
+    token in the loss (`completions/skipped_ratio`). What there is no token for is left out. Evaluation gives the same
+    on completions of the held-out prompts, each row once, `eval_loss`, the mean over completions, and
     `eval_expert_logprob`, the student's mean log-probability per token of the expert's completion.
 
     Raises:
-        ValueError: a missing column; whatever `SelfDistiller` refuses.
+        ValueError: a missing column; `even_batches=False` with several processes; whatever `SelfDistiller` refuses.
         NotImplementedError: FSDP and DeepSpeed.
     """
 
@@ -93,8 +96,7 @@ class SDFTTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError("SDFTTrainer does not run under FSDP or DeepSpeed yet; use one device, or DDP")
+        self._check_processes()
         self.args._n_gpu = min(self.args.n_gpu, 1)  # several visible GPUs: DDP by launcher, never DataParallel
         self.model_accepts_loss_kwargs = True  # transformers before 5.20 reads this in place of loss_is_scaled_for_ga
         sampled = callable(self.rollouts) or self.rollouts in ("student", "teacher")
@@ -127,6 +129,16 @@ class SDFTTrainer(Trainer):
         self._expert = SelfDistiller(model, "live", skip_first_tokens=0, loss="ce", share_prefix=False, verify=False)
         self._running = {"train": RunningMetrics(), "eval": RunningMetrics()}
         self._eval_batches = 0
+        self._eval_rows: int | None = None
+
+    def _check_processes(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError("SDFTTrainer does not run under FSDP or DeepSpeed yet; use one device, or DDP")
+        if self.args.world_size > 1 and not self.accelerator.even_batches:
+            raise ValueError(
+                "accelerator_config has even_batches=False: a process with fewer batches leaves the others waiting for "
+                "ever; leave it at True (rows repeated at the end of an evaluation do not count)"
+            )
 
     # Rollouts and batches
 
@@ -150,12 +162,13 @@ class SDFTTrainer(Trainer):
         for micro_batch in micro_batches:
             part = slice(start, start + len(micro_batch))
             start = part.stop
+            given = None if logprobs is None or all(row is None for row in logprobs[part]) else logprobs[part]
             batches.append(
                 DistillBatch(
                     student[part],
                     teacher[part] if teacher is not None else None,
                     completions[part],
-                    sampling_logprobs=logprobs[part] if logprobs is not None else None,
+                    sampling_logprobs=given,
                 )
             )
         return batches
@@ -168,8 +181,7 @@ class SDFTTrainer(Trainer):
         if self.rollouts == "dataset":
             return [[completion] for completion in self.encoder.expert(rows)], None
         if self.rollouts == "given":
-            logprobs = [row.get("sampling_logprobs") for row in rows]
-            return [row["completion_ids"] for row in rows], None if None in logprobs else logprobs
+            return [row["completion_ids"] for row in rows], [row.get("sampling_logprobs") for row in rows]
         if self.rollouts == "teacher" and teacher is not None:
             with self.distiller.teacher.active() as model:
                 return self._generate(model, teacher, seed), None
@@ -211,7 +223,7 @@ class SDFTTrainer(Trainer):
             out = self._distill(model, inputs, num_items_in_batch)
         mode = "train" if model.training else "eval"
         limit = self.args.max_completion_length
-        self._running[mode].add(out.metrics, inputs, limit)
+        self._running[mode].add(out, inputs, limit)
         # DDP averages gradients over processes, while the loss is already divided by the completions of all of them.
         loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
         return (loss, out) if return_outputs else loss
@@ -260,27 +272,46 @@ class SDFTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss on completions of held-out prompts, sampled with the same seed at every evaluation."""
-        [batch] = self._batches([inputs], self._seed(self._eval_batches, evaluation=True))
+        seed = self._seed(self._eval_batches, evaluation=True)
+        rows = self._without_repeated(inputs)
         self._eval_batches += 1
+        if not rows:
+            return torch.zeros((), device=self.args.device), None, None
+        [batch] = self._batches([rows], seed)
+        running = self._running["eval"]
         with torch.no_grad():
             loss = self.compute_loss(model, batch)
-            experts = DistillBatch(batch.student_prompts, None, [[ids] for ids in self.encoder.expert(inputs)])
+            experts = DistillBatch(batch.student_prompts, None, [[ids] for ids in self.encoder.expert(rows)])
             with self.accelerator.autocast():
                 metrics = self._expert(experts).metrics
-        self._running["eval"].add_mean("expert_logprob", metrics["student_logprob"], metrics["tokens"])
+        running.accumulate("loss", loss, len(batch))
+        running.accumulate("expert_logprob", metrics["student_logprob"], metrics["tokens"])
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def _without_repeated(self, rows: Rows) -> Rows:
+        """Without the rows that are here again only so that every process has as many, all of them at the data's end.
+
+        Batches of equal size go around the processes in turn, so a batch's first row has a known place in the data.
+        """
+        if self.args.world_size == 1 or self._eval_rows is None:
+            return rows
+        place = (self._eval_batches * self.args.world_size + self.args.process_index) * len(rows)
+        return rows[: max(self._eval_rows - place, 0)]
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """The Trainer's loop, with the distillation metrics added to its own."""
-        self._eval_batches = 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._eval_batches, self._eval_rows = 0, len(dataloader.dataset)
+        self._running["eval"].clear()  # of an evaluation that did not come to its end
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._running["eval"].pop(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the means of the metrics since the last call beside the Trainer's training loss."""
-        if "loss" in logs:
+        """Log, with the metrics since the last call beside the Trainer's training loss, which every process logs."""
+        if {"loss", "learning_rate"} <= logs.keys():
             logs = {**logs, **self._running["train"].pop(self.accelerator)}
             if self.distiller.teacher.kind == "ema":
                 logs["teacher_distance"] = self.distiller.teacher.distance().item()
