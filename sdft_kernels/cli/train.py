@@ -98,11 +98,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: data, options or a model that cannot be used; nothing has been written then.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
     from sdft_kernels.cli._train_files import MetricsFile, read_rows
     from sdft_kernels.distill import SDFTTrainer, preview
+    from sdft_kernels.distill.loading import load_model, load_tokenizer
     from sdft_kernels.distill.trainer import last_complete_checkpoint
 
     transformers_logging.set_verbosity_error()
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     held_out = read_rows(args.eval_data, extra) if args.eval_data else None
     config = _config(args)
     checkpoint = _checkpoint(args, last_complete_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model, "--model needs the tokenizer's files beside the model's")
     if args.preview:
         row = rows[0]
         preview(
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _check_lengths(args, tokenizer, rows, held_out)
     trainer = SDFTTrainer(
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype),
+        load_model(args.model, {"dtype": args.dtype}),
         config,
         rows,
         held_out,

@@ -34,7 +34,7 @@ class SDFTConfig(TrainingArguments):
         False, "Must stay False: the model's forward names none of the columns."
     )
     model_init_kwargs: dict[str, Any] | None = _option(
-        None, "Keyword arguments of from_pretrained where the model is given as a string."
+        None, "Keyword arguments of from_pretrained where the model is given as a string. dtype: float32 if left out."
     )
     disable_dropout: bool = _option(True, "Switch dropout off in student and teacher.")
     max_prompt_length: int | None = _option(None, "A longer student prompt is an error; nothing is truncated.")

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from sdft_kernels.distill.batch import DistillBatch
 from sdft_kernels.distill.config import SDFTConfig
 from sdft_kernels.distill.data import PromptEncoder, check_columns
 from sdft_kernels.distill.distiller import DistillOutput, SelfDistiller
+from sdft_kernels.distill.loading import load_model, load_tokenizer
 from sdft_kernels.distill.rollouts import (
     Completions,
     RolloutFunction,
@@ -41,7 +42,8 @@ class SDFTTrainer(Trainer):
     """Self-distillation fine-tuning (arXiv 2601.19897) of a causal language model.
 
     Args:
-        model: a transformers model, a PEFT model (LoRA on the backbone), or a name or folder to load.
+        model: a transformers model, a PEFT model (LoRA on the backbone), or a name or folder to load: in fp32, unless
+            `args.model_init_kwargs` has a `dtype`.
         args: an `SDFTConfig`.
         train_dataset, eval_dataset: anything with `__len__` and `__getitem__` giving rows with the columns `prompt` (a
             string or chat messages ending in a user turn) and `privileged_context` (the demonstration: a string or
@@ -61,7 +63,8 @@ class SDFTTrainer(Trainer):
     `eval_expert_logprob`, the student's mean log-probability per token of the expert's completion.
 
     Raises:
-        ValueError: a missing column; `even_batches=False` with several processes; whatever `SelfDistiller` refuses.
+        ValueError: a missing column; no tokenizer; `even_batches=False` with several processes; whatever
+            `SelfDistiller` refuses.
         NotImplementedError: FSDP and DeepSpeed.
     """
 
@@ -302,7 +305,8 @@ class SDFTTrainer(Trainer):
         self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
     ) -> EvalLoopOutput:
         """The Trainer's loop, with the distillation metrics added to its own."""
-        self._eval_batches, self._eval_rows = 0, len(dataloader.dataset)
+        self._eval_batches = 0
+        self._eval_rows = len(dataloader.dataset) if hasattr(dataloader.dataset, "__len__") else None
         self._running["eval"].clear()  # of an evaluation that did not come to its end
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._running["eval"].pop(self.accelerator)
@@ -379,10 +383,11 @@ def _check_dataset(dataset: Any, extra: Sequence[str]) -> None:
 
 def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tuple[Any, Any]:
     set_seed(args.seed)  # LoRA weights are drawn here
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = load_tokenizer(name, "pass the model's tokenizer as processing_class")
+    if isinstance(model, str):
+        model = load_model(model, args.model_init_kwargs)
     if peft_config is not None:
         from peft import get_peft_model
 
