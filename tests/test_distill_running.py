@@ -9,7 +9,7 @@ pytest.importorskip("transformers")
 
 import distill_tiny as tiny  # noqa: E402
 
-from sdft_kernels.distill import DistillBatch, SelfDistiller  # noqa: E402
+from sdft_kernels.distill import DistillBatch, SDFTConfig, SDFTTrainer, SelfDistiller  # noqa: E402
 from sdft_kernels.distill.histogram import BINS, OCTAVES, RESOLUTION, histogram, quantiles  # noqa: E402
 from sdft_kernels.distill.running import NAMES, RunningMetrics, merged  # noqa: E402
 
@@ -153,3 +153,28 @@ def test_every_metric_of_a_batch_has_a_place():
     reduced = merged(running((distiller(weighted(FULL)), FULL))._vector(torch.device("cpu"))[None])
     assert distiller(weighted(FULL)).metrics.keys() - {"tokens"} <= reduced.keys()
     assert len(set(NAMES)) == len(NAMES)
+
+
+@pytest.mark.parametrize(("skip", "short"), [(0, None), (1, None), (2, 1), (3, 3), (9, 5)])
+def test_completions_too_short_for_the_loss_are_named_once(skip, short, caplog):
+    distiller = SelfDistiller(tiny.model(), "live", skip_first_tokens=skip)
+    batch = tiny.batch(((3, 2), (5,), (0, 9), (3,)))  # the empty one has no token to leave out
+    with caplog.at_level("WARNING", logger="sdft_kernels"):
+        distiller(batch)
+        distiller(batch)
+    said = [record.getMessage() for record in caplog.records if "no token in the loss" in record.getMessage()]
+    expected = f"{short} of the 6 completions of a batch have no token in the loss: skip_first_tokens={skip} "
+    assert (len(said) == 1 and said[0].startswith(expected)) if short else not said
+
+
+def test_a_dataset_of_short_answers_is_not_trained_in_silence(tmp_path, caplog):
+    """Demonstrations of three tokens, and the default that skips three."""
+    rows = [{"prompt": "who sat", "privileged_context": "the cat"}] * 2
+    options = dict(output_dir=str(tmp_path), use_cpu=True, report_to=[], save_strategy="no", max_steps=1)
+    config = SDFTConfig(rollouts="dataset", disable_tqdm=True, per_device_train_batch_size=2, **options)
+    trainer = SDFTTrainer(tiny.model(), config, rows, processing_class=tiny.tokenizer())
+    with caplog.at_level("WARNING", logger="sdft_kernels"):
+        trainer.train()
+    assert "2 of the 2 completions of a batch have no token in the loss" in caplog.text
+    assert "num_loss_tokens_to_skip" in caplog.text
+    assert trainer.state.log_history[0]["completions/skipped_ratio"] == 1

@@ -56,7 +56,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     add("--alpha", type=float, default=0.0, help="0: KL(teacher||student), 1: KL(student||teacher), else JSD")
     add("--template", default="turn", help="turn, paper, trl, or a string with {prompt} and {privileged_context}")
     add("--chat-template-kwargs", type=_json_object, help="JSON object for the chat template")
-    add("--skip-first-tokens", type=int, default=3, help="completion tokens left out of the loss (%(default)s)")
+    add("--skip-first-tokens", type=int, default=3, help="first completion tokens, not in the loss (%(default)s)")
     add("--num-generations", type=int, default=1, help="completions per prompt (%(default)s)")
     add("--max-completion-length", type=int, default=256, help="tokens at most (%(default)s)")
     add("--max-prompt-length", type=int, help="a longer prompt is an error; nothing is truncated")
