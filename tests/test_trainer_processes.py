@@ -57,7 +57,7 @@ def trainer(folder, train, evaluation, **options):
     defaults = dict(
         output_dir=str(folder), use_cpu=True, max_steps=2, learning_rate=0.3, rollouts="given", report_to=[],
         per_device_train_batch_size=4 // processes, save_strategy="no", disable_tqdm=True, teacher_model_kind="ema",
-        teacher_update_rate=0.5, train_sampling_strategy="sequential", optim="sgd", ddp_timeout=60,
+        teacher_update_rate=0.5, train_sampling_strategy="sequential", optim="sgd", ddp_timeout=240,
         ddp_backend="gloo" if processes > 1 else None, max_completion_length=6, include_num_input_tokens_seen="all",
     )  # fmt: skip
     config = SDFTConfig(**(defaults | options))
@@ -87,9 +87,12 @@ def evaluated(folder, name, size):
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
-    """What two processes gave, by the case's name; a case that waits for ever ends the children, and every test."""
+    """What two processes gave, by the case's name; a case that waits for ever ends the children, and every test.
+
+    The limits are against waiting for ever only: a busy machine needs a fraction of them.
+    """
     folder = tmp_path_factory.mktemp("processes")
-    run_ranks(__file__, 2, folder, ACCELERATE_USE_CPU="true", timeout=240)
+    run_ranks(__file__, 2, folder, ACCELERATE_USE_CPU="true", timeout=600)
     return json.loads((folder / "results.json").read_text())
 
 
@@ -128,8 +131,9 @@ def main(folder):
     for name in EVALUATION:
         for size in EVALUATION_SIZES:
             results[f"evaluate {name} {size}"] = evaluated(folder, name, size)
-    with pytest.raises(ValueError, match="even_batches=False"):
-        trainer(folder, TRAINING["cross-entropy"][0], None, accelerator_config={"even_batches": False})
+    for option, value in (("even_batches", False), ("dispatch_batches", True)):
+        with pytest.raises(ValueError, match=f"got .*{option}={value}"):
+            trainer(folder, TRAINING["cross-entropy"][0], None, accelerator_config={option: value})
     assert torch.distributed.get_world_size() == 2
     if torch.distributed.get_rank() == 0:
         Path(folder, "results.json").write_text(json.dumps(results))

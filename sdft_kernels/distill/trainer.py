@@ -63,8 +63,8 @@ class SDFTTrainer(Trainer):
     `eval_expert_logprob`, the student's mean log-probability per token of the expert's completion.
 
     Raises:
-        ValueError: a missing column; no tokenizer; `even_batches=False` with several processes; whatever
-            `SelfDistiller` refuses.
+        ValueError: a missing column; no tokenizer; `even_batches=False` or `dispatch_batches` with several
+            processes; whatever `SelfDistiller` refuses.
         NotImplementedError: FSDP and DeepSpeed.
     """
 
@@ -137,10 +137,12 @@ class SDFTTrainer(Trainer):
     def _check_processes(self) -> None:
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             raise NotImplementedError("SDFTTrainer does not run under FSDP or DeepSpeed yet; use one device, or DDP")
-        if self.args.world_size > 1 and not self.accelerator.even_batches:
+        if self.args.world_size > 1 and (self.accelerator.dispatch_batches or not self.accelerator.even_batches):
             raise ValueError(
-                "accelerator_config has even_batches=False: a process with fewer batches leaves the others waiting for "
-                "ever; leave it at True (rows repeated at the end of an evaluation do not count)"
+                "accelerator_config needs even_batches=True and no dispatch_batches, got even_batches="
+                f"{self.accelerator.even_batches}, dispatch_batches={self.accelerator.dispatch_batches}: a process "
+                "with fewer batches leaves the others waiting for ever (rows repeated at the end of an evaluation do "
+                "not count), and one process cannot hand text to the others"
             )
 
     # Rollouts and batches
