@@ -98,6 +98,67 @@ def test_encode_with_and_without_a_chat_template():
     assert tokenizer.decode(encode_completion(tokenizer, "who sat", "the cat")) == "the cat <|end|>"
 
 
+def base_tokenizer(before, after):
+    """A base model's: no chat template, and special tokens around every text."""
+    from tokenizers import processors
+
+    tokenizer = tiny.tokenizer()
+    ids = {"<|user|>": 2, "<|end|>": 1, "<|system|>": 4}
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single=" ".join([*before, "$A", *after]), special_tokens=[(token, ids[token]) for token in {*before, *after}]
+    )
+    tokenizer.bos_token = "<|user|>"
+    return tokenizer
+
+
+@pytest.mark.parametrize("before", [[], ["<|user|>"]])
+@pytest.mark.parametrize("after", [[], ["<|end|>"], ["<|system|>", "<|end|>"]])
+@pytest.mark.parametrize("text", ["who sat", "who sat <|end|>", "<|user|> who <|user|>", "<|end|>"])
+def test_a_prompt_to_be_continued_has_no_end(before, after, text):
+    tokenizer = base_tokenizer(before, after)
+    tokenizer.chat_template = None
+    assert tokenizer.decode(tokenizer(text)["input_ids"]) == " ".join([*before, text, *after])  # the control
+    [ids] = encode_prompts(tokenizer, [as_messages(text)])
+    assert tokenizer.decode(ids) == " ".join([*before, text])
+    assert tokenizer.decode(encode_completion(tokenizer, text, "the cat")) == "the cat <|end|>"
+    encoder = PromptEncoder(tokenizer)
+    rows = [{"prompt": text, "privileged_context": "a dog"}]
+    assert encoder.student(rows) == [ids]
+    assert tokenizer.decode(encoder.teacher(rows)[0]) == " ".join([*before, text, "a dog", text])
+    assert tokenizer.decode(encoder.expert(rows)[0]) == "a dog <|end|>"
+
+
+@pytest.mark.parametrize("after", [[], ["<|end|>"]])
+def test_a_chat_template_alone_decides_where_a_prompt_ends(after):
+    tokenizer = base_tokenizer([], after)
+    [ids] = encode_prompts(tokenizer, [as_messages("who sat")])
+    assert tokenizer.decode(ids) == "<|user|> who sat <|end|> <|assistant|>"
+    assert tokenizer.decode(encode_completion(tokenizer, "who sat", "the cat")) == "the cat <|end|>"
+
+
+def test_a_tokenizer_that_hides_where_a_prompt_ends_is_refused():
+    class Odd:
+        chat_template = None
+
+        def __call__(self, text, add_special_tokens=True):
+            return {"input_ids": [1, 2, 3] if add_special_tokens else [4, 5]}
+
+    with pytest.raises(ValueError, match="other tokens with add_special_tokens.*set a chat_template"):
+        encode_prompts(Odd(), [as_messages("who sat")])
+
+
+def test_add_eos_token_of_a_llama_tokenizer():
+    from transformers import LlamaTokenizer
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2, "▁a": 3, "▁b": 4, "▁": 5, "a": 6, "b": 7}
+    tokenizer = LlamaTokenizer(
+        vocab=vocabulary, merges=[("▁", "a"), ("▁", "b")], add_bos_token=True, add_eos_token=True
+    )
+    assert tokenizer("a b")["input_ids"][-1] == 2  # the control
+    [ids] = encode_prompts(tokenizer, [as_messages("a b")])
+    assert ids[0] == 1 and 2 not in ids and ids == tokenizer("a b")["input_ids"][:-1]
+
+
 def test_chat_template_kwargs_reach_the_template():
     tokenizer = tiny.tokenizer()
     tokenizer.chat_template = "{% if thinking %}yes{% else %}no{% endif %} " + tiny.TEMPLATE

@@ -56,7 +56,7 @@ def _add_method(group: argparse._ArgumentGroup) -> None:
     add("--alpha", type=float, default=0.0, help="0: KL(teacher||student), 1: KL(student||teacher), else JSD")
     add("--template", default="turn", help="turn, paper, trl, or a string with {prompt} and {privileged_context}")
     add("--chat-template-kwargs", type=_json_object, help="JSON object for the chat template")
-    add("--skip-first-tokens", type=int, default=3, help="completion tokens left out of the loss (%(default)s)")
+    add("--skip-first-tokens", type=int, default=3, help="first completion tokens, not in the loss (%(default)s)")
     add("--num-generations", type=int, default=1, help="completions per prompt (%(default)s)")
     add("--max-completion-length", type=int, default=256, help="tokens at most (%(default)s)")
     add("--max-prompt-length", type=int, help="a longer prompt is an error; nothing is truncated")
@@ -98,11 +98,12 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ValueError: data, options or a model that cannot be used; nothing has been written then.
     """
-    from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+    from transformers import PrinterCallback
     from transformers.utils import logging as transformers_logging
 
     from sdft_kernels.cli._train_files import MetricsFile, read_rows
     from sdft_kernels.distill import SDFTTrainer, preview
+    from sdft_kernels.distill.loading import load_model, load_tokenizer
     from sdft_kernels.distill.trainer import last_complete_checkpoint
 
     transformers_logging.set_verbosity_error()
@@ -112,7 +113,7 @@ def run(args: argparse.Namespace) -> int:
     held_out = read_rows(args.eval_data, extra) if args.eval_data else None
     config = _config(args)
     checkpoint = _checkpoint(args, last_complete_checkpoint)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    tokenizer = load_tokenizer(args.model, "--model needs the tokenizer's files beside the model's")
     if args.preview:
         row = rows[0]
         preview(
@@ -122,7 +123,7 @@ def run(args: argparse.Namespace) -> int:
         return 0
     _check_lengths(args, tokenizer, rows, held_out)
     trainer = SDFTTrainer(
-        AutoModelForCausalLM.from_pretrained(args.model, dtype=args.dtype),
+        load_model(args.model, {"dtype": args.dtype}),
         config,
         rows,
         held_out,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import numbers
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -51,7 +52,8 @@ class DistillBatch:
             time. With `importance_clip` they give the clipped ratio exp(student - old) per token.
         sampling_logprobs: the same under the engine that sampled. They give truncated importance sampling as in the
             released SDFT code: the mean over a completion's tokens of min(exp(old - sampling), clip), one factor per
-            completion. Without `old_logprobs` the current student stands in for old (exact on policy).
+            completion. Without `old_logprobs` the current student stands in for old (exact on policy). None in place
+            of an example's: its completions get the factor 1.
 
     Raises:
         ValueError, TypeError: lengths that do not fit, or something that is not a token id; the message names the
@@ -64,7 +66,7 @@ class DistillBatch:
     loss_mask: Sequence[Sequence[Sequence[bool]]] | None = None
     weights: Sequence[Sequence[float]] | Sequence[Sequence[Sequence[float]]] | None = None
     old_logprobs: Sequence[Sequence[Sequence[float]]] | None = None
-    sampling_logprobs: Sequence[Sequence[Sequence[float]]] | None = None
+    sampling_logprobs: Sequence[Sequence[Sequence[float]] | None] | None = None
 
     def __post_init__(self) -> None:
         examples = len(self.student_prompts)
@@ -98,6 +100,8 @@ class DistillBatch:
 
     def _check_per_token(self, name: str) -> None:
         for i, (values, completions) in enumerate(zip(getattr(self, name), self.completions, strict=True)):
+            if values is None and name == "sampling_logprobs":
+                continue
             if len(values) != len(completions):
                 raise ValueError(f"{name}[{i}] has {len(values)} entries for {len(completions)} completions")
             for r, (value, completion) in enumerate(zip(values, completions, strict=True)):
@@ -151,7 +155,7 @@ class DistillBatch:
             return None
         packed: list[Any] = []
         for i, r in index:
-            value = values[i][r]
+            value: Any = math.nan if values[i] is None else values[i][r]
             packed.extend([value] * len(self.completions[i][r]) if isinstance(value, numbers.Real) else value)
         return packed
 

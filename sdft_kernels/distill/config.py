@@ -34,7 +34,7 @@ class SDFTConfig(TrainingArguments):
         False, "Must stay False: the model's forward names none of the columns."
     )
     model_init_kwargs: dict[str, Any] | None = _option(
-        None, "Keyword arguments of from_pretrained where the model is given as a string."
+        None, "Keyword arguments of from_pretrained where the model is given as a string. dtype: float32 if left out."
     )
     disable_dropout: bool = _option(True, "Switch dropout off in student and teacher.")
     max_prompt_length: int | None = _option(None, "A longer student prompt is an error; nothing is truncated.")
@@ -68,7 +68,9 @@ class SDFTConfig(TrainingArguments):
     distillation_alpha: float = _option(0.0, "0: KL(teacher||student); 1: KL(student||teacher); between: JSD.")
     distillation_mode: str = _option("full_logits", "Only full_logits (the whole vocabulary, without logits).")
     distillation_is_clip: float | None = _option(None, "Upper limit of the per-token importance ratio; None: no ratio.")
-    num_loss_tokens_to_skip: int = _option(3, "Completion tokens left out of the loss at its start.")
+    num_loss_tokens_to_skip: int = _option(
+        3, "Completion tokens left out of the loss at its start; a completion of no more than that adds nothing to it."
+    )
     loss_memory_budget: int | None = _option(None, "Bytes the fused loss may use; None: the op's default.")
     forward_token_budget: int = _option(8192, "Padded tokens per forward pass of the backbone.")
     share_prefix: bool | None = _option(

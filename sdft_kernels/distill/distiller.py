@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple
 
@@ -25,19 +26,26 @@ from sdft_kernels.models.unsupported import refuse_unsupported
 from sdft_kernels.prefix_attention import PrefixCache
 from sdft_kernels.token_logprob import TokenLogprob, linear_token_logprob
 
+logger = logging.getLogger(__name__)
+
 
 class DistillOutput(NamedTuple):
     """What a `SelfDistiller` returns.
 
     Attributes:
         loss: 0-d, differentiable.
-        metrics: detached 0-d tensors by name (nats; means over the tokens in the loss).
+        metrics: detached 0-d tensors by name (nats; means over the tokens in the loss). Which names there are depends
+            on the batch: reduce them over processes together, from one fixed list (`RunningMetrics`), never one by one.
         tokens: per-token numbers of the batch, (N,) each, packed over completions.
+        mask: (N,) bool, True at the tokens in the loss.
+        importance: (N,) detached importance weights where any are in use, else None.
     """
 
     loss: Tensor
     metrics: dict[str, Tensor]
     tokens: TokenDivergence
+    mask: Tensor
+    importance: Tensor | None
 
 
 class SelfDistiller:
@@ -60,7 +68,8 @@ class SelfDistiller:
         ema_dtype: of the EMA state: fp32, or bf16 for a compensated pair of bf16 tensors (`make_teacher`).
         alpha: 0 is KL(teacher || student), the paper's code; 1 is KL(student || teacher); between, the generalized JSD.
         temperature: of both distributions.
-        skip_first_tokens: completion tokens left out at the start of every completion (the paper's code: 3).
+        skip_first_tokens: completion tokens left out at the start of every completion (the paper's code: 3). A shorter
+            one has nothing in the loss, which is said once in a warning.
         importance_clip: upper limit of the per-token ratio exp(student - old_logprobs); None is no ratio.
         sampling_clip: upper limit of exp(old - sampling_logprobs) before its mean over a completion (paper's code: 2).
         loss: "kl", or "ce": cross-entropy on the completions, without a teacher pass.
@@ -121,6 +130,7 @@ class SelfDistiller:
         self.passes = Passes(model, self.teacher, share_prefix, prefix_cache, token_budget)
         self._handle: Any = None
         self._training_forwards = 0
+        self._warned_of_short = False
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Update the teacher after every step of `optimizer`; replaces an earlier attachment.
@@ -158,6 +168,7 @@ class SelfDistiller:
         self._check_attached()
         batch.check_context(context_length(self.model), context_length(self.teacher.model))
         flat = batch.flatten()
+        self._warn_of_short(flat.lengths)
         head = head_spec(self.model)
         device = head.weight.device
         target = torch.tensor([t for c in flat.completions for t in c], dtype=torch.int64, device=device)
@@ -176,11 +187,12 @@ class SelfDistiller:
             loss, tokens = linear_divergence_loss(**inputs, token_loss=self._token_loss(flat, weight), **heads)
         if not len(target):
             loss = loss + self._zero_with_graph()
-        metrics = token_metrics(tokens, mask, self._importance(flat, tokens, ratio), with_teacher=self.loss == "kl")
+        importance = self._importance(flat, tokens, ratio)
+        metrics = token_metrics(tokens, mask, importance, with_teacher=self.loss == "kl")
         metrics |= self.passes.take_metrics(mask.device)
         if torch.is_grad_enabled():
             give_back_freed_memory(device)
-        return DistillOutput(loss, metrics, tokens)
+        return DistillOutput(loss, metrics, tokens, mask, importance)
 
     def state_dict(self) -> dict[str, Tensor]:
         """The teacher's state; the student's is the model's own."""
@@ -200,6 +212,18 @@ class SelfDistiller:
                 "the EMA teacher follows no optimizer: call distiller.attach(optimizer) before training "
                 "(or choose teacher='frozen')"
             )
+
+    def _warn_of_short(self, lengths: list[int]) -> None:
+        """Say once that completions are too short for `skip_first_tokens` to leave anything of them in the loss."""
+        short = sum(0 < length <= self.skip_first_tokens for length in lengths)
+        if short and not self._warned_of_short:
+            self._warned_of_short = True
+            logger.warning(
+                "%d of the %d completions of a batch have no token in the loss: skip_first_tokens=%d (in SDFTConfig: "
+                "num_loss_tokens_to_skip) leaves out all that they have. Lower it where answers are that short; this "
+                "is said once",
+                short, len(lengths), self.skip_first_tokens,
+            )  # fmt: skip
 
     def _teacher_pass(self, prompts: list[TokenIds] | None, completions: list[TokenIds]) -> tuple[Tensor, HeadSpec]:
         if prompts is None:
@@ -238,10 +262,12 @@ class SelfDistiller:
             old_logprob = self._logprob(student_input, target, head, None, ("logprob",)).logprob.float()
         else:
             old_logprob = torch.tensor(old, dtype=torch.float32, device=mask.device)
-        gap = old_logprob - torch.tensor(flat.sampling_logprobs, dtype=torch.float32, device=mask.device)
+        sampling = torch.tensor(flat.sampling_logprobs, dtype=torch.float32, device=mask.device)
+        gap = old_logprob - sampling
         truncated = gap.clamp(-20, 20).exp().clamp(max=self.sampling_clip)
         per_sequence = _sum_by(truncated, sequence, len(lengths)) / lengths.clamp(min=1)
-        ratio = per_sequence[sequence]
+        # NaN stands for a completion that came without (`DistillBatch`).
+        ratio = per_sequence[sequence].where(~sampling.isnan(), 1.0)
         return weight * ratio, ratio
 
     def _logprob(

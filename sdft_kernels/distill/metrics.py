@@ -12,6 +12,11 @@ TEACHER_FIELDS = ("kl_teacher_student", "kl_student_teacher", "jsd", "teacher_lo
 QUANTILES = (0.5, 0.9, 0.99)
 
 
+def quantile_name(share: float) -> str:
+    """The metric's name, for example `kl_teacher_student_q90`."""
+    return f"kl_teacher_student_q{round(100 * share)}"
+
+
 @torch.no_grad()
 def token_metrics(
     tokens: TokenDivergence, mask: Tensor, importance: Tensor | None, with_teacher: bool = True
@@ -42,7 +47,7 @@ def token_metrics(
         # Quantiles by sorting: torch.quantile stops at 2**24 values.
         ranked = kl.sort().values
         for q in QUANTILES:
-            metrics[f"kl_teacher_student_q{round(100 * q)}"] = ranked[round(q * (len(ranked) - 1))]
+            metrics[quantile_name(q)] = ranked[round(q * (len(ranked) - 1))]
     if importance is not None:
         w = importance[mask]
         metrics["effective_sample_size"] = w.sum() ** 2 / (len(w) * (w**2).sum().clamp(min=1e-30))

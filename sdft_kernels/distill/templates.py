@@ -104,7 +104,9 @@ def encode_prompts(
     """Token ids of each conversation with the header of the next assistant turn.
 
     Args:
-        tokenizer: a transformers tokenizer. Without a chat template, contents are joined by blank lines (base models).
+        tokenizer: a transformers tokenizer. Without a chat template, contents are joined by blank lines (base models);
+            what the tokenizer puts before a text stays, an end-of-sequence token that it puts after it does not, since
+            the prompt is to be continued.
         conversations: lists of messages.
         chat_template_kwargs: passed to `apply_chat_template` (for example ``{"enable_thinking": False}``).
     """
@@ -189,8 +191,25 @@ def _is_messages(value: Any) -> TypeGuard[Messages]:
 
 def _encode(tokenizer: Any, messages: Messages, kwargs: dict[str, Any]) -> list[int]:
     if not getattr(tokenizer, "chat_template", None):
-        return list(tokenizer("\n\n".join(map(text_of, messages)))["input_ids"])
+        return _open_ended(tokenizer, "\n\n".join(map(text_of, messages)))
     encoded = tokenizer.apply_chat_template(
         messages, tokenize=True, add_generation_prompt=True, return_dict=True, **kwargs
     )
     return list(encoded["input_ids"])
+
+
+def _open_ended(tokenizer: Any, text: str) -> list[int]:
+    """Token ids of a text to be continued: with what the tokenizer puts before it, without what it puts after it.
+
+    Tokenizers of base models may end every text in an end-of-sequence token (`add_eos_token`, a post-processor): after
+    it the model begins another document.
+    """
+    ids = list(tokenizer(text)["input_ids"])
+    bare = list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    for start in range(len(ids) - len(bare) + 1):
+        if ids[start : start + len(bare)] == bare:
+            return ids[: start + len(bare)]
+    raise ValueError(
+        f"the tokenizer encodes {text[:80]!r} to other tokens with add_special_tokens than without, so that the "
+        "prompt's end is not known; set a chat_template"
+    )

@@ -15,13 +15,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, set_seed
+from transformers import Trainer, set_seed
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, EvalLoopOutput, TrainOutput
 
 from sdft_kernels.distill.batch import DistillBatch
 from sdft_kernels.distill.config import SDFTConfig
 from sdft_kernels.distill.data import PromptEncoder, check_columns
 from sdft_kernels.distill.distiller import DistillOutput, SelfDistiller
+from sdft_kernels.distill.loading import load_model, load_tokenizer
 from sdft_kernels.distill.rollouts import (
     Completions,
     RolloutFunction,
@@ -43,24 +44,29 @@ class SDFTTrainer(Trainer):
     """Self-distillation fine-tuning (arXiv 2601.19897) of a causal language model.
 
     Args:
-        model: a transformers model, a PEFT model (LoRA on the backbone), or a name or folder to load.
+        model: a transformers model, a PEFT model (LoRA on the backbone), or a name or folder to load: in fp32, unless
+            `args.model_init_kwargs` has a `dtype`.
         args: an `SDFTConfig`.
         train_dataset, eval_dataset: anything with `__len__` and `__getitem__` giving rows with the columns `prompt` (a
             string or chat messages ending in a user turn) and `privileged_context` (the demonstration: a string or
             chat messages). `rollouts="dataset"` takes the completion from a column `completion` where there is one,
             else from the demonstration; `rollouts="given"` needs `completion_ids` (R token-id lists) and uses
-            `sampling_logprobs` where there is such a column.
+            `sampling_logprobs` of the rows that have it.
         processing_class: the tokenizer; None loads it from the model's folder.
         rollouts: a callable (prompts, n) -> completions[, sampling log-probabilities] in place of `args.rollouts`.
         teacher: a model or `Teacher` in place of `args.teacher_model_kind`.
         peft_config: wraps the model with PEFT.
         callbacks, optimizers: as in Trainer.
 
-    Evaluation gives `eval_loss` and the metrics of a batch on completions of the held-out prompts, and
+    Every log has the metrics of a batch (`SelfDistiller`) over all tokens of all processes since the last one: means,
+    counts, the effective sample size, and quantiles to 0.5 %; then lengths of completions, and how many of them have no
+    token in the loss (`completions/skipped_ratio`). What there is no token for is left out. Evaluation gives the same
+    on completions of the held-out prompts, each row once, `eval_loss`, the mean over completions, and
     `eval_expert_logprob`, the student's mean log-probability per token of the expert's completion.
 
     Raises:
-        ValueError: a missing column; whatever `SelfDistiller` refuses.
+        ValueError: a missing column; no tokenizer; `even_batches=False` or `dispatch_batches` with several
+            processes; whatever `SelfDistiller` refuses.
         NotImplementedError: FSDP and DeepSpeed; a model that is sharded already.
     """
 
@@ -97,8 +103,7 @@ class SDFTTrainer(Trainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError("SDFTTrainer does not run under FSDP or DeepSpeed yet; use one device, or DDP")
+        self._check_processes()
         self.args._n_gpu = min(self.args.n_gpu, 1)  # several visible GPUs: DDP by launcher, never DataParallel
         self.model_accepts_loss_kwargs = True  # transformers before 5.20 reads this in place of loss_is_scaled_for_ga
         sampled = callable(self.rollouts) or self.rollouts in ("student", "teacher")
@@ -131,6 +136,18 @@ class SDFTTrainer(Trainer):
         self._expert = SelfDistiller(model, "live", skip_first_tokens=0, loss="ce", share_prefix=False, verify=False)
         self._running = {"train": RunningMetrics(), "eval": RunningMetrics()}
         self._eval_batches = 0
+        self._eval_rows: int | None = None
+
+    def _check_processes(self) -> None:
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError("SDFTTrainer does not run under FSDP or DeepSpeed yet; use one device, or DDP")
+        if self.args.world_size > 1 and (self.accelerator.dispatch_batches or not self.accelerator.even_batches):
+            raise ValueError(
+                "accelerator_config needs even_batches=True and no dispatch_batches, got even_batches="
+                f"{self.accelerator.even_batches}, dispatch_batches={self.accelerator.dispatch_batches}: a process "
+                "with fewer batches leaves the others waiting for ever (rows repeated at the end of an evaluation do "
+                "not count), and one process cannot hand text to the others"
+            )
 
     # Rollouts and batches
 
@@ -154,12 +171,13 @@ class SDFTTrainer(Trainer):
         for micro_batch in micro_batches:
             part = slice(start, start + len(micro_batch))
             start = part.stop
+            given = None if logprobs is None or all(row is None for row in logprobs[part]) else logprobs[part]
             batches.append(
                 DistillBatch(
                     student[part],
                     teacher[part] if teacher is not None else None,
                     completions[part],
-                    sampling_logprobs=logprobs[part] if logprobs is not None else None,
+                    sampling_logprobs=given,
                 )
             )
         return batches
@@ -172,8 +190,7 @@ class SDFTTrainer(Trainer):
         if self.rollouts == "dataset":
             return [[completion] for completion in self.encoder.expert(rows)], None
         if self.rollouts == "given":
-            logprobs = [row.get("sampling_logprobs") for row in rows]
-            return [row["completion_ids"] for row in rows], None if None in logprobs else logprobs
+            return [row["completion_ids"] for row in rows], [row.get("sampling_logprobs") for row in rows]
         if self.rollouts == "teacher" and teacher is not None:
             with self.distiller.teacher.active() as model:
                 return self._generate(model, teacher, seed), None
@@ -215,7 +232,7 @@ class SDFTTrainer(Trainer):
             out = self._distill(model, inputs, num_items_in_batch)
         mode = "train" if model.training else "eval"
         limit = self.args.max_completion_length
-        self._running[mode].add(out.metrics, inputs, limit)
+        self._running[mode].add(out, inputs, limit)
         # DDP averages gradients over processes, while the loss is already divided by the completions of all of them.
         loss = out.loss * self.accelerator.num_processes if num_items_in_batch is not None else out.loss
         return (loss, out) if return_outputs else loss
@@ -264,27 +281,47 @@ class SDFTTrainer(Trainer):
         ignore_keys: list[str] | None = None,
     ) -> tuple[Tensor, None, None]:
         """Loss on completions of held-out prompts, sampled with the same seed at every evaluation."""
-        [batch] = self._batches([inputs], self._seed(self._eval_batches, evaluation=True))
+        seed = self._seed(self._eval_batches, evaluation=True)
+        rows = self._without_repeated(inputs)
         self._eval_batches += 1
+        if not rows:
+            return torch.zeros((), device=self.args.device), None, None
+        [batch] = self._batches([rows], seed)
+        running = self._running["eval"]
         with torch.no_grad():
             loss = self.compute_loss(model, batch)
-            experts = DistillBatch(batch.student_prompts, None, [[ids] for ids in self.encoder.expert(inputs)])
+            experts = DistillBatch(batch.student_prompts, None, [[ids] for ids in self.encoder.expert(rows)])
             with self.accelerator.autocast():
                 metrics = self._expert(experts).metrics
-        self._running["eval"].add_mean("expert_logprob", metrics["student_logprob"], metrics["tokens"])
+        running.accumulate("loss", loss, len(batch))
+        running.accumulate("expert_logprob", metrics["student_logprob"], metrics["tokens"])
         return loss.detach(), None, None
 
-    def evaluation_loop(self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any) -> EvalLoopOutput:
+    def _without_repeated(self, rows: Rows) -> Rows:
+        """Without the rows that are here again only so that every process has as many, all of them at the data's end.
+
+        Batches of equal size go around the processes in turn, so a batch's first row has a known place in the data.
+        """
+        if self.args.world_size == 1 or self._eval_rows is None:
+            return rows
+        place = (self._eval_batches * self.args.world_size + self.args.process_index) * len(rows)
+        return rows[: max(self._eval_rows - place, 0)]
+
+    def evaluation_loop(
+        self, dataloader: Any, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
         """The Trainer's loop, with the distillation metrics added to its own."""
         self._eval_batches = 0
-        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        self._eval_rows = len(dataloader.dataset) if hasattr(dataloader.dataset, "__len__") else None
+        self._running["eval"].clear()  # of an evaluation that did not come to its end
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         metrics = self._running["eval"].pop(self.accelerator)
         output.metrics.update({f"{metric_key_prefix}_{name}": value for name, value in metrics.items()})
         return output
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, with the means of the metrics since the last call beside the Trainer's training loss."""
-        if "loss" in logs:
+        """Log, with the metrics since the last call beside the Trainer's training loss, which every process logs."""
+        if {"loss", "learning_rate"} <= logs.keys():
             logs = {**logs, **self._running["train"].pop(self.accelerator)}
             if self.distiller.teacher.kind == "ema":
                 logs["teacher_distance"] = self.distiller.teacher.distance().item()
@@ -357,11 +394,12 @@ def _check_dataset(dataset: Any, extra: Sequence[str]) -> None:
 
 def _load(model: Any, tokenizer: Any, args: SDFTConfig, peft_config: Any) -> tuple[Any, Any]:
     set_seed(args.seed)  # LoRA weights are drawn here
-    if isinstance(model, str):
-        model = AutoModelForCausalLM.from_pretrained(model, **(args.model_init_kwargs or {}))
-    refuse_unsupported(model, "student")
+    name = model if isinstance(model, str) else getattr(model.config, "_name_or_path", "")
     if tokenizer is None:
-        tokenizer = AutoTokenizer.from_pretrained(model.config._name_or_path)
+        tokenizer = load_tokenizer(name, "pass the model's tokenizer as processing_class")
+    if isinstance(model, str):
+        model = load_model(model, args.model_init_kwargs)
+    refuse_unsupported(model, "student")
     if peft_config is not None:
         from peft import get_peft_model
 

@@ -74,5 +74,7 @@ def _sequences(input_ids: Tensor, attention_mask: Tensor, length: int) -> Sequen
 
 def _padded(hidden: Tensor, completions: list[list[int]], length: int) -> Tensor:
     """(B * length, H) from the packed hidden states of the completions, zeros at padding."""
-    rows = torch.cat([torch.arange(len(c), dtype=torch.int64) + i * length for i, c in enumerate(completions)]).to(hidden.device)
+    rows = torch.cat([torch.arange(len(c), dtype=torch.int64) + i * length for i, c in enumerate(completions)]).to(
+        hidden.device
+    )
     return hidden.new_zeros(len(completions) * length, hidden.shape[-1]).index_copy(0, rows, hidden)
