@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from processes import HANG_SECONDS
 
 import sdft_kernels
 from sdft_kernels import _native
@@ -61,7 +62,7 @@ def setup(
         env={**os.environ, "MAX_JOBS": "2", **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -86,7 +87,9 @@ def _outside_env(**more: str) -> dict[str, str]:
 def pip_install(python: Path, *arguments: str, **env: str) -> None:
     """`pip install` into the environment of `python`; what is installed elsewhere does not count, no index is asked."""
     command = [str(python), "-m", "pip", "install", "--ignore-installed", "--no-index", "--no-deps", *arguments]
-    done = subprocess.run(command, env=_outside_env(MAX_JOBS="2", **env), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=_outside_env(MAX_JOBS="2", **env), capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
