@@ -177,7 +177,7 @@ def native_report() -> dict[str, Any]:
 
         if not _native.has_native():
             return {"built": False, "reason": _native.why_not()}
-        return {"built": True, "build_info": _native.build_info()}
+        return {"built": True, "host": _native.host() is not None, "build_info": _native.build_info()}
     except ImportError as error:
         return {"built": False, "reason": str(error)}
 
@@ -222,6 +222,8 @@ def format_text(report: dict[str, Any]) -> str:
         facts.append(("GPU", f"none ({gpu['reason']})"))
     native = report["native"]
     built = ", ".join(f"{key}={value}" for key, value in native.get("build_info", {}).items())
+    if native["built"] and not native["host"]:
+        built = "without _host: pip install 'pybind11>=3.0', then install again"
     facts.append(("native extension", f"built ({built})" if native["built"] else f"not built ({native['reason']})"))
     for op, answers in report["implementations"].items():
         facts.append((op, f"auto → {answers['auto']}"))
