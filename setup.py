@@ -19,7 +19,12 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent.resolve()
 BUILD = ROOT / "build" / f"native-{sys.implementation.cache_tag}"
-TARGETS = ("_ops", "_host")
+HOST = find_spec("pybind11") is not None  # _host alone needs it
+TARGETS = ("_ops", "_host") if HOST else ("_ops",)
+NO_HOST = (
+    "the host module _host (the prefix planner's compiled code; it runs in Python instead, slower): pybind11 is not "
+    "importable in the build environment; pip install 'pybind11>=3.0', then install again"
+)
 STUB = ROOT / "python" / "stubs" / "_host.pyi"
 OLDEST_TORCH = (2, 10)
 # What torch takes these names for in TORCH_CUDA_ARCH_LIST.
@@ -46,10 +51,8 @@ def missing_requirement() -> str | None:
     torch = version("torch")
     if tuple(int(part) for part in torch.split(".")[:2]) < OLDEST_TORCH:
         return f"torch {torch} is older than {'.'.join(map(str, OLDEST_TORCH))}"
-    if find_spec("pybind11") is None:
-        return "pybind11 is not importable in the build environment"
     if find_tool("cmake") is None:
-        return "cmake is not on PATH"
+        return "cmake is not on PATH (pip install cmake ninja)"
     if not any(shutil.which(cxx) for cxx in (os.environ.get("CXX"), "c++", "g++", "clang++") if cxx):
         return "there is no C++ compiler on PATH"
     return None
@@ -89,12 +92,16 @@ def jobs() -> str:
 
 
 def cmake_commands(*options: str) -> list[list[str]]:
-    import pybind11
-
     torch_dir = Path(find_spec("torch").origin).parent
     cmake = find_tool("cmake")
     configure = [cmake, "-S", str(ROOT), "-B", str(BUILD), "-DCMAKE_BUILD_TYPE=Release"]
-    configure += [f"-DPython_EXECUTABLE={sys.executable}", f"-Dpybind11_DIR={pybind11.get_cmake_dir()}"]
+    configure.append(f"-DPython_EXECUTABLE={sys.executable}")
+    if HOST:
+        import pybind11
+
+        configure.append(f"-Dpybind11_DIR={pybind11.get_cmake_dir()}")
+    else:
+        configure.append("-DSDFT_HOST=OFF")
     configure += [f"-DSDFT_TORCH_DIR={torch_dir}", f"-DSDFT_TORCH_VERSION={version('torch')}", *options]
     if archs := cuda_architectures():
         configure.append(f"-DCMAKE_CUDA_ARCHITECTURES={archs}")
@@ -163,9 +170,9 @@ class BuildPy(build_py):
         package.mkdir(parents=True, exist_ok=True)
         for stale in ("_host.pyi", "_build_reason.txt"):
             (package / stale).unlink(missing_ok=True)
-        if REASON is None:
+        if REASON is None and HOST:
             shutil.copy2(STUB, package / STUB.name)
-        else:
+        elif REASON is not None:
             (package / "_build_reason.txt").write_text(REASON + "\n")
 
 
@@ -178,22 +185,30 @@ def decide() -> str | None:
         reason = "SDFT_BUILD_EXT=0"
     else:
         reason = missing_requirement()
+        if reason is None and mode == "1" and not HOST:
+            reason = f"this would leave out {NO_HOST}"
         if reason is None and BUILD_COMMANDS & set(sys.argv):
             reason = build_failure()
     if reason and mode == "1":
         raise SystemExit(f"SDFT_BUILD_EXT=1 but {reason}")
-    if reason and BUILD_COMMANDS & set(sys.argv):
-        print(f"sdft_kernels: building without native code ({reason})", file=sys.stderr)
+    if BUILD_COMMANDS & set(sys.argv):
+        if reason:
+            warn(f"sdft_kernels: building without native code ({reason})")
+        elif not HOST:
+            warn(f"sdft_kernels: building without {NO_HOST}")
     return reason
+
+
+def warn(text: str) -> None:
+    """Between rules, where a build's output is long; pip shows it with -v."""
+    rule = "*" * 100
+    print(f"{rule}\n{text}\n{rule}", file=sys.stderr)
 
 
 REASON = decide()
 setup(
     ext_modules=[]
     if REASON
-    else [
-        Extension("sdft_kernels._ops", sources=[], py_limited_api=True),
-        Extension("sdft_kernels._host", sources=[]),
-    ],
+    else [Extension(f"sdft_kernels.{target}", sources=[], py_limited_api=target == "_ops") for target in TARGETS],
     cmdclass={"build_ext": CopyNative, "build_py": BuildPy},
 )

@@ -1,11 +1,11 @@
 """``python -m benchmarks.step_trl``: one SDFT step of SmolLM2-135M-Instruct beside TRL's `SDFTTrainer`.
 
 A step: 8 completions of 64 tokens are sampled for one prompt of 541 tokens, student and frozen teacher (with the
-demonstration) run over them, full-vocabulary KL(teacher || student), backward, AdamW; fp32. It is timed from the end of
-the step before to its own end, so whatever either trainer does in between counts. Each trainer, with and without
-activation checkpointing, runs in processes of its own, in turns; the first step of a process is a warm-up. The peak is
-the whole process's resident set. In a further process both losses are computed from one batch that TRL prepared: they
-must agree to 1e-4.
+demonstration) run over them, full-vocabulary KL(teacher || student), backward, AdamW. Both trainers get the model in
+fp32 and TRL's default template. A step is timed from the end of the one before to its own end, so whatever either
+trainer does in between counts. Each trainer, with and without activation checkpointing, runs in processes of its own,
+in turns; the first step of a process is a warm-up. The peak is the whole process's resident set. In a further process
+both losses are computed from one batch that TRL prepared: they must agree to 1e-4.
 
 The prompt is written from this project's demonstration tasks; ``--data FILE --row N`` takes another (columns `prompt`,
 `privileged_context`). The committed table is `benchmarks/data/step_trl.csv`.
@@ -40,11 +40,6 @@ COLUMNS = (
     "device", "torch_version", "transformers_version", "trl_version", "commit",
 )  # fmt: skip
 LOSS_TOLERANCE = 1e-4
-# TRL's own default template, which `teacher_prompt_template="trl"` is here.
-TEMPLATE = (
-    "{prompt}\n\nThis is an example for a response to the question:\n{privileged_context}\n\n"
-    "Now answer with a response of your own, including the thinking process."
-)
 
 
 def demonstration_row(tokenizer: Any, tokens: int) -> dict[str, Any]:
@@ -84,12 +79,16 @@ def _clock(times: list[float]) -> Any:
 
 
 def _common(args: argparse.Namespace, folder: str) -> dict[str, Any]:
+    """What both trainers get: one template, TRL's default, as the string that both take."""
+    from sdft_kernels.distill.templates import TRL_FORMAT
+
     return dict(
         output_dir=folder, distillation_alpha=0.0, num_generations=args.completions, max_steps=args.steps,
         max_completion_length=args.completion_tokens, generation_kwargs={"min_new_tokens": args.completion_tokens},
         gradient_accumulation_steps=1, learning_rate=1e-5, report_to=[], use_cpu=True, bf16=False, fp16=False,
         save_strategy="no", distillation_is_clip=None, disable_tqdm=True, logging_steps=1,
-        gradient_checkpointing=args.checkpointing,
+        gradient_checkpointing=args.checkpointing, teacher_model_kind="base", num_loss_tokens_to_skip=0,
+        teacher_prompt_template=TRL_FORMAT,
     )  # fmt: skip
 
 
@@ -99,8 +98,7 @@ def trl_trainer(args: argparse.Namespace, model: Any, tokenizer: Any, row: dict[
 
     config = SDFTConfig(
         **_common(args, folder), distillation_mode="full_logits", per_device_train_batch_size=args.completions,
-        max_prompt_length=4096, teacher_model_kind="base", num_loss_tokens_to_skip=0,
-        teacher_prompt_template=TEMPLATE,
+        max_prompt_length=4096,
     )  # fmt: skip
     rows = Dataset.from_list([row] * 16)
     return SDFTTrainer(model=model, args=config, train_dataset=rows, processing_class=tokenizer)
@@ -109,10 +107,7 @@ def trl_trainer(args: argparse.Namespace, model: Any, tokenizer: Any, row: dict[
 def sdft_trainer(args: argparse.Namespace, model: Any, tokenizer: Any, row: dict[str, Any], folder: str) -> Any:
     from sdft_kernels import SDFTConfig, SDFTTrainer
 
-    config = SDFTConfig(
-        **_common(args, folder), per_device_train_batch_size=1, teacher_model_kind="base", num_loss_tokens_to_skip=0,
-        teacher_prompt_template="trl",
-    )  # fmt: skip
+    config = SDFTConfig(**_common(args, folder), per_device_train_batch_size=1)
     return SDFTTrainer(model, config, [row] * 16, processing_class=tokenizer)
 
 

@@ -7,8 +7,11 @@ import sys
 
 import torch
 
+# A guard against a process that waits for ever, not a bar: no test may fail because the machine is busy.
+HANG_SECONDS = 1800
 
-def run_ranks(file, world_size, *arguments, timeout=120, **environment):
+
+def run_ranks(file, world_size, *arguments, timeout=HANG_SECONDS, **environment):
     """`python file *arguments` once per rank, with torch's rendezvous variables; an AssertionError shows its stderr."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

@@ -5,6 +5,7 @@ import csv
 import json
 
 import pytest
+import torch
 
 from benchmarks import step_table, step_trl
 
@@ -67,3 +68,41 @@ def test_ratios_are_to_plain_trl(monkeypatch):
     assert [row["step_over_trl"] for row in rows] == [1.0, 0.2, 0.25]
     assert [row["peak_over_trl"] for row in rows] == [1.0, 0.5, 0.25]
     assert {row["loss_difference"] for row in rows} == {"1.0e-05"} and set(rows[0]) == set(step_trl.COLUMNS)
+
+
+def test_both_trainers_get_the_same_teacher_prompt_and_dtype(tmp_path, monkeypatch):
+    pytest.importorskip("trl")
+    import distill_tiny as tiny
+    from transformers import AutoModelForCausalLM, TrainerCallback
+
+    args = argparse.Namespace(completions=2, completion_tokens=3, steps=1, checkpointing=False)
+    row, prompts = tiny.rows()[0], {}
+
+    class Seen(TrainerCallback):
+        def on_self_distillation_batch_prepared(self, *_, **batch):
+            ids, mask = batch["teacher_input_ids"][0], batch["teacher_attention_mask"][0]
+            prompts["trl"] = ids[mask.bool()].tolist()[: -args.completion_tokens]
+
+    tiny.model().save_pretrained(tmp_path / "model")  # TRL loads its teacher anew
+    trainers = {
+        name: getattr(step_trl, f"{name}_trainer")(
+            args, AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tiny.tokenizer(), row, str(tmp_path / name)
+        )
+        for name in ("trl", "sdft")
+    }
+    encoder = type(trainers["sdft"].encoder)
+    stock = encoder.teacher
+
+    def teacher(self, *inputs):
+        found = stock(self, *inputs)
+        prompts["sdft"] = found[0]
+        return found
+
+    monkeypatch.setattr(encoder, "teacher", teacher)
+    trainers["trl"].add_callback(Seen())
+    for trainer in trainers.values():
+        trainer.train()
+        assert {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}
+        assert trainer.accelerator.mixed_precision == "no"
+    assert prompts["trl"] == prompts["sdft"]
+    assert len(prompts["trl"]) > len(row["prompt"][0]["content"].split())  # more than the question

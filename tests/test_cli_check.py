@@ -21,13 +21,42 @@ def test_every_op_implementation_dtype_and_scenario_is_checked_and_ok(report):
     assert [row.cells() for row in report if not row.ok] == []
     names = {scenario.name for scenario in check.scenarios()}
     for op, dispatched in env.OPS.items():
+        if op == "shared_prefix_attention":  # has no LM head, hence cases of its own
+            continue
         available = [n for n, why in _dispatch.available(dispatched).items() if why == "available"]
         assert "torch" in available
         for impl in (n for n in available if n != "reference"):
             for dtype in ("fp32", "bf16"):
                 assert {r.case for r in report if (r.op, r.impl, r.dtype) == (op, impl, dtype)} == names
+    assert {row.op for row in report} == {*env.OPS, env.EMA}
+    attention = {(row.impl, row.dtype, row.case) for row in report if row.op == "shared_prefix_attention"}
+    available = [n for n, why in _dispatch.available("shared_prefix_attention").items() if why == "available"]
+    for impl in (name.replace("torch", "composition") for name in available if name != "reference"):
+        for dtype in ("fp32", "bf16"):
+            assert {(impl, dtype, case) for case in _check_ops.ATTENTION_CASES} <= attention
     implementations = {row.impl for row in report if row.op == "ema_update_"}
     assert implementations == ({"torch", "native"} if _native.has_native() else {"torch"})
+
+
+def test_no_op_is_left_out():
+    """An op that is added to the public names or to the table of implementations must be in `check` and `env`."""
+    public = {name for name in sdft_kernels.__all__ if name.startswith(("linear_", "shared_"))}
+    assert public == set(env.OPS)
+    assert set(env.OPS.values()) == set(_dispatch._WRITTEN)
+    assert set(env.OPS) == {*_check_ops.RUNS, "shared_prefix_attention"}
+    assert set(env.implementation_report()) == {*env.OPS, env.EMA}
+
+
+def test_wrong_attention_fails(monkeypatch):
+    right = _check_ops.attention
+
+    def wrong(*arguments):
+        actual, *others = right(*arguments)
+        return actual | {"grad_key": actual["grad_key"] * 1.01}, *others
+
+    monkeypatch.setattr(_check_ops, "attention", wrong)
+    rows = [job() for job in check._attention_jobs("cpu", ("fp32", "bf16"))]
+    assert rows and not any(row.ok for row in rows) and {row.quantity for row in rows} == {"grad_key"}
 
 
 @pytest.fixture
@@ -121,7 +150,8 @@ def test_a_raise_is_a_row_and_does_not_end_the_check(few, monkeypatch, capsys):
     assert status == 1
     assert "raised RuntimeError: cannot launch second line" in out
     # Both dtypes of every op and implementation; op 1, which stands there twice, has native rows too.
-    rows = len(env.OPS) + 2 * _native.has_native()
+    # Attention, with cases of its own, has as many; its fused kernels and those of op 1 stand beside PyTorch's.
+    rows = len(env.OPS) + 3 * _native.has_native()
     assert sum(line.endswith(" ok") for line in out.splitlines()) == 2 * rows
 
 

@@ -9,6 +9,7 @@ import torch
 
 from sdft_kernels import __version__, _dispatch, _native
 from sdft_kernels.cli import __main__ as cli
+from sdft_kernels.cli import env
 
 
 def test_json_parses_and_is_complete(monkeypatch, capsys):
@@ -23,16 +24,18 @@ def test_json_parses_and_is_complete(monkeypatch, capsys):
     assert report["cpu"]["torch_capability"] == torch.backends.cpu.get_cpu_capability()
     assert report["native"]["built"] == _native.has_native()
     assert report["implementations"]["linear_divergence"]["auto"] == _dispatch.resolve("auto")
-    ops = {"linear_divergence", "linear_divergence_loss", "linear_topk_divergence", "linear_token_logprob"}
-    assert set(report["implementations"]) == ops
+    assert set(report["implementations"]) == {*env.OPS, env.EMA}
+    attention = report["implementations"].pop("shared_prefix_attention")
+    assert attention["composition"] == "available" and "torch" not in attention.values()
     assert all(answers["torch"] == "available" for answers in report["implementations"].values())
+    assert report["cpu"]["kernels_isa"] == (_native.cpu_isa() or None)
+    if torch.backends.mkldnn.is_available():
+        assert report["cpu"]["onednn_isa"].strip() and "\n" not in report["cpu"]["onednn_isa"]
     assert report["environment"]["SDFT_KERNELS_DEBUG"] == "0"
     assert "must not be printed" not in out
 
 
 def test_text_says_what_is_absent(monkeypatch, capsys):
-    from sdft_kernels.cli import env
-
     monkeypatch.setattr(env, "PACKAGES", ("torch", "no-such-distribution"))
     monkeypatch.setattr(_native, "has_native", lambda: False)
     monkeypatch.setattr(_native, "why_not", lambda: "no compiler on this machine")

@@ -13,6 +13,7 @@ import torch
 pytest.importorskip("transformers")
 
 import distill_tiny as tiny  # noqa: E402
+from processes import HANG_SECONDS  # noqa: E402
 
 from sdft_kernels.cli.__main__ import main  # noqa: E402
 from sdft_kernels.distill.trainer import last_complete_checkpoint  # noqa: E402
@@ -57,15 +58,17 @@ def test_kill_and_resume_give_the_same_numbers(files, tmp_path):
 
     command = [sys.executable, "-m", "sdft_kernels", *arguments(files, killed, *epochs)]
     child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.time() + 90
+    deadline = time.monotonic() + HANG_SECONDS
     while last_complete_checkpoint(str(killed)) is None:
-        assert child.poll() is None and time.time() < deadline, "the run ended before it could be killed"
+        assert child.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
         time.sleep(0.002)
     child.send_signal(signal.SIGKILL)
     assert child.wait() == -signal.SIGKILL
     assert not (killed / "model.safetensors").exists(), "killed too late to test anything"
 
-    finished = subprocess.run([*command, "--resume"], env=environment, capture_output=True, text=True, timeout=120)
+    finished = subprocess.run(
+        [*command, "--resume"], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert finished.returncode == 0, finished.stderr
     assert "from checkpoint-" in finished.stderr
     assert metrics(killed) == metrics(straight)

@@ -10,6 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from processes import HANG_SECONDS
 
 from sdft_kernels import _native
 
@@ -26,7 +27,7 @@ def cuobjdump(*options):
     if tool is None or not tool.exists():
         pytest.skip("cuobjdump comes inside the triton package")
     library = importlib.util.find_spec("sdft_kernels._ops").origin
-    done = subprocess.run([tool, *options, library], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([tool, *options, library], capture_output=True, text=True, timeout=HANG_SECONDS)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

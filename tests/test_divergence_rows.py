@@ -6,15 +6,14 @@ formulas to 1e-10, in fp32 its arithmetic.
 """
 
 import itertools
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
 import rows_emulated
 import torch
+from instruction_sets import levels, run_tests
 from rows_cases import CAPPED, MODES, TRANSFORMS, assert_same, draw, run_affine, run_pair, tile
 from rows_emulated import EmulatedRows
 
@@ -332,12 +331,9 @@ def test_the_gradient_may_not_lie_elsewhere():
         run("affine", s, t.double(), None, None, table, None, *tail, *outputs, None, 0)
 
 
-@pytest.mark.parametrize("capability", ("default", "avx2", "avx512"))
-def test_every_instruction_set(capability):
+@pytest.mark.parametrize(("variable", "value"), levels("ATEN_CPU_CAPABILITY"))
+def test_every_instruction_set(variable, value):
     """The same tests of the native rows in a process that may use no better one."""
     if not _native.has_native():
         pytest.skip(_native.why_not())
-    environment = os.environ | {"ATEN_CPU_CAPABILITY": capability}
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "native and not instruction_set"]
-    done = subprocess.run([*command, __file__], env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout
+    run_tests(variable, value, [Path(__file__)], "native and not instruction_set")

@@ -17,6 +17,7 @@ import torch
 pytest.importorskip("trl")
 
 import trl_tiny as tiny  # noqa: E402
+from processes import HANG_SECONDS  # noqa: E402
 from trl.experimental.sdft import SDFTConfig, SDFTTrainer  # noqa: E402
 from trl.experimental.sdft import sdft_trainer as trl_module  # noqa: E402
 from trl.models.utils import _ForwardRedirection  # noqa: E402
@@ -89,7 +90,9 @@ def test_importing_the_module_imports_no_framework():
         "print(sorted({'trl', 'transformers', 'datasets', 'peft'} & set(sys.modules)))"
     )
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    child = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=120)
+    child = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=HANG_SECONDS
+    )
     assert child.stdout == "[]\n", child.stderr
     assert integration.FusedSDFTTrainer is FusedSDFTTrainer and issubclass(FusedSDFTTrainer, SDFTTrainer)
 

@@ -15,6 +15,7 @@ pytest.importorskip("trl")
 
 import distill_tiny  # noqa: E402
 import trl_tiny as tiny  # noqa: E402
+from processes import HANG_SECONDS  # noqa: E402
 from trl.experimental.sdft import SDFTTrainer  # noqa: E402
 
 from sdft_kernels.integrations.trl import FusedSDFTTrainer, fuse  # noqa: E402
@@ -152,7 +153,7 @@ def test_ddp_averages_the_gradients(tmp_path, find_unused):
         for rank in range(2)
     ]  # fmt: skip
     for child in children:
-        _, errors = child.communicate(timeout=120)
+        _, errors = child.communicate(timeout=HANG_SECONDS)
         assert child.returncode == 0, errors
     loss, gradients = ddp_gradients(tmp_path, slice(None), lambda model: model)
     halves = [torch.load(tmp_path / f"ddp{rank}.pt") for rank in range(2)]

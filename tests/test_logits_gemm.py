@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -12,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from counting import LargestTensor
+from instruction_sets import levels, run_tests
 
 from sdft_kernels import _native
 from sdft_kernels._gemm import Gemm
@@ -245,19 +244,10 @@ def test_the_build_is_the_one_allowed() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ("avx512", "avx2", "default"))
-def test_other_builds(capability: str) -> None:
+@pytest.mark.parametrize(("variable", "value"), levels("ATEN_CPU_CAPABILITY"))
+def test_other_builds(variable: str, value: str) -> None:
     """This file once more, by the code for older processors."""
-    here = Path(__file__).resolve()
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(here), "-k", "not other_builds"],
-        cwd=here.parent.parent,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    run_tests(variable, value, [Path(__file__)], "not other_builds")
 
 
 GEMMS = [

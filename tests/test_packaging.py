@@ -16,6 +16,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from processes import HANG_SECONDS
 
 import sdft_kernels
 from sdft_kernels import _native
@@ -61,7 +62,7 @@ def setup(
         env={**os.environ, "MAX_JOBS": "2", **env},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=HANG_SECONDS,
     )
 
 
@@ -86,7 +87,9 @@ def _outside_env(**more: str) -> dict[str, str]:
 def pip_install(python: Path, *arguments: str, **env: str) -> None:
     """`pip install` into the environment of `python`; what is installed elsewhere does not count, no index is asked."""
     command = [str(python), "-m", "pip", "install", "--ignore-installed", "--no-index", "--no-deps", *arguments]
-    done = subprocess.run(command, env=_outside_env(MAX_JOBS="2", **env), capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        command, env=_outside_env(MAX_JOBS="2", **env), capture_output=True, text=True, timeout=HANG_SECONDS
+    )
     assert done.returncode == 0, done.stdout + done.stderr
 
 
@@ -179,6 +182,41 @@ def test_native_build_without_torch_stops_with_the_fix(checkout: Path) -> None:
     assert result.returncode != 0
     assert "SDFT_BUILD_EXT=1 but torch is not importable in the build environment" in result.stderr
     assert "--no-build-isolation" in result.stderr
+
+
+WITHOUT_PYBIND11 = (
+    "import importlib.util as u, sys; f = u.find_spec\n"
+    "u.find_spec = lambda name, *a: None if name == 'pybind11' else f(name, *a)\n"
+    "sys.argv = ['setup.py', *sys.argv[1:]]; __file__ = 'setup.py'; exec(open('setup.py').read())"
+)
+
+
+def without_pybind11(checkout: Path, *command: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", WITHOUT_PYBIND11, *command], cwd=checkout, capture_output=True, text=True,
+        env={**os.environ, "MAX_JOBS": "2", **env}, timeout=HANG_SECONDS,
+    )  # fmt: skip
+
+
+@needs_toolchain
+def test_all_native_parts_without_pybind11_stop_with_the_fix(checkout: Path) -> None:
+    result = without_pybind11(checkout, "bdist_wheel", SDFT_BUILD_EXT="1")
+    assert result.returncode != 0
+    assert "SDFT_BUILD_EXT=1 but this would leave out the host module _host" in result.stderr
+    assert "pip install 'pybind11>=3.0'" in result.stderr
+
+
+@pytest.mark.slow
+@needs_toolchain
+def test_without_pybind11_the_operators_are_built_and_the_rest_is_named(checkout: Path, tmp_path: Path) -> None:
+    result = without_pybind11(checkout, "bdist_wheel", "-d", str(tmp_path / "out"), SDFT_BUILD_EXT="auto")
+    assert result.returncode == 0, result.stderr
+    assert "***\nsdft_kernels: building without the host module _host" in result.stderr
+    assert "pip install 'pybind11>=3.0'" in result.stderr
+    with zipfile.ZipFile(only_wheel(tmp_path / "out")) as archive:
+        names = archive.namelist()
+    assert [name for name in names if "/_ops." in name and name.endswith(".so")]
+    assert not [name for name in names if "_host" in name or name.endswith("_build_reason.txt")]
 
 
 def test_unknown_build_mode_is_refused(checkout: Path) -> None:

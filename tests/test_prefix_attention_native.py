@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import torch
 from attention_cases import TREES, Case, make_case, run
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from instruction_sets import levels, run_tests
 
 from sdft_kernels import _dispatch, _native
 from sdft_kernels.prefix_attention import PrefixTree, api, composition, fused_native, shared_prefix_attention
@@ -244,17 +242,9 @@ def test_operators_refuse_what_does_not_fit():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("capability", ("avx2", "default"))
-def test_other_builds(capability):
+@pytest.mark.parametrize(("variable", "value"), levels("ATEN_CPU_CAPABILITY"))
+def test_other_builds(variable, value):
     """This file, and what others say of these kernels, by the code for older processors."""
     tests = Path(__file__).resolve().parent
-    files = [str(tests / name) for name in ("test_prefix_attention_native.py", "test_prefix_attention.py")]
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files, "-k", "native and not other_builds"],
-        cwd=tests.parent,
-        env={**os.environ, "ATEN_CPU_CAPABILITY": capability},
-        capture_output=True,
-        text=True,
-    )
-    assert result.returncode == 0, result.stdout
-    assert " passed" in result.stdout
+    files = [tests / "test_prefix_attention_native.py", tests / "test_prefix_attention.py"]
+    run_tests(variable, value, files, "native and not other_builds")

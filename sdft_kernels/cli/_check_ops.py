@@ -6,8 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
+from sdft_kernels.cli.env import OPS
 from sdft_kernels.testing import DivergenceInputs
 
 Numbers = dict[str, Tensor]
@@ -42,12 +44,7 @@ class Op:
 
 def all_ops() -> list[Op]:
     """Every op over an LM head."""
-    return [
-        Op("linear_divergence", "linear_divergence", _tokens),
-        Op("linear_divergence_loss", "linear_divergence", _loss),
-        Op("linear_topk_divergence", "linear_topk_divergence", _topk),
-        Op("linear_token_logprob", "linear_token_logprob", _logprob),
-    ]
+    return [Op(name, OPS[name], run) for name, run in RUNS.items()]
 
 
 def _tokens(inputs: DivergenceInputs, impl: str, options: dict[str, Any], found: Numbers | None) -> Numbers:
@@ -69,8 +66,6 @@ def _loss(inputs: DivergenceInputs, impl: str, options: dict[str, Any], found: N
 
 def _topk(inputs: DivergenceInputs, impl: str, options: dict[str, Any], found: Numbers | None) -> Numbers:
     """On the ids of `found`: fp32 and fp64 may break a near tie at the k-th place differently."""
-    import torch
-
     from sdft_kernels.testing import on_the_same_ids, restrict_support, run_topk_divergence
 
     of_op = {name: value for name, value in options.items() if name != "jsd_alpha"}
@@ -97,3 +92,38 @@ def _logprob(inputs: DivergenceInputs, impl: str, options: dict[str, Any], found
     numbers = run_token_logprob(inputs, impl, upstream, **of_op)
     frozen = run_token_logprob(inputs, impl, upstream, ("input",), outputs=("logprob",), **of_op)
     return numbers | {f"frozen head {name}": value for name, value in frozen.items()}
+
+
+RUNS = {
+    "linear_divergence": _tokens,
+    "linear_divergence_loss": _loss,
+    "linear_topk_divergence": _topk,
+    "linear_token_logprob": _logprob,
+}
+
+ATTENTION_CASES: dict[str, dict[str, Any]] = {"tree": {}, "every option": {"softcap": 5.0, "window": 30}}
+
+
+def attention(impl: str, case: str, dtype: torch.dtype, device: str) -> tuple[Numbers, Numbers, Numbers]:
+    """Values and gradients of `shared_prefix_attention`: of `impl`, of eager PyTorch in `dtype`, and in fp64."""
+    from sdft_kernels import PrefixTree, shared_prefix_attention
+
+    tree = PrefixTree([40, 5, 9, 1, 17], [-1, 0, 0, 2, -1])
+    generator = torch.Generator().manual_seed(0)
+    heads = {"query": 4, "key": 2, "value": 2}
+    drawn = {name: torch.randn(tree.tokens, count, 32, generator=generator) for name, count in heads.items()}
+    if case == "every option":
+        drawn["sinks"] = torch.randn(heads["query"], generator=generator)
+    upstream = torch.randn(tree.tokens, heads["query"], 32, generator=generator).to(device, dtype)
+    inputs = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
+
+    def run(kind: str, to: torch.dtype) -> Numbers:
+        leaves = {name: tensor.detach().to(to).requires_grad_() for name, tensor in inputs.items()}
+        options: dict[str, Any] = leaves | ATTENTION_CASES[case]
+        out, lse = shared_prefix_attention(**options, tree=tree, return_lse=True, impl=kind)
+        grads = torch.autograd.grad(out, list(leaves.values()), upstream.to(out.dtype))
+        gradients = {f"grad_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+        # In bf16 PyTorch's kernel, which the composition calls, sums rounded weights (6e-6): fp32 shows a wrong lse.
+        return {"out": out.detach(), **({"lse": lse.detach()} if dtype == torch.float32 else {}), **gradients}
+
+    return run(impl, dtype), run("reference", dtype), run("reference", torch.float64)

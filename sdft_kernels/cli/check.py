@@ -10,6 +10,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from sdft_kernels.cli._check_ops import Op
@@ -25,6 +26,7 @@ An error may be twice that of eager PyTorch in fp32 on the same inputs (bf16: gr
 exit status: 0 everything agrees · 1 something does not, or raised · 2 wrong usage"""
 
 FACTOR = 2.0
+ATTENTION_IMPLEMENTATIONS = ("composition", "native", "triton")
 
 # Rounding a gradient to bf16 where it enters the next product costs up to 2^-9 = 0.2 % per element. Eager bf16 logits
 # are off by 5 to 200 % at these inputs, so twice their error would check nothing.
@@ -118,10 +120,30 @@ def check_jobs(device: str, dtypes: Sequence[str]) -> Iterator[Callable[[], Row]
             for dtype in dtypes:
                 for scenario in scenarios():
                     yield partial(_check_op, op, impl, dtype, device, scenario)
+    yield from _attention_jobs(device, dtypes)
     for dtype in dtypes:
         yield partial(_check_ema, "torch", dtype, device)
         if device == "cpu" and _native.has_native():
             yield partial(_check_ema, "native", dtype, device)
+
+
+def _attention_jobs(device: str, dtypes: Sequence[str]) -> Iterator[Callable[[], Row]]:
+    import torch
+
+    from sdft_kernels import _dispatch
+    from sdft_kernels.cli._check_ops import ATTENTION_CASES
+
+    of = {"fp32": torch.float32, "bf16": torch.bfloat16}
+    for impl in ATTENTION_IMPLEMENTATIONS:
+        for dtype in dtypes:
+            if not _dispatch.why_not(_dispatched(impl), "shared_prefix_attention", device, of[dtype]):
+                for case in ATTENTION_CASES:
+                    yield partial(_check_attention, impl, dtype, device, case, of[dtype])
+
+
+def _dispatched(impl: str) -> str:
+    """The name of an implementation of attention in the table of implementations."""
+    return "torch" if impl == "composition" else impl
 
 
 def not_available(device: str) -> list[str]:
@@ -135,6 +157,9 @@ def not_available(device: str) -> list[str]:
         for impl in _dispatch.IMPLEMENTATIONS
         if impl != "auto" and (why := _dispatch.why_not(impl, op.dispatched, device))
     }
+    for impl in ATTENTION_IMPLEMENTATIONS:
+        if why := _dispatch.why_not(_dispatched(impl), "shared_prefix_attention", device):
+            reasons.add(f"shared_prefix_attention, impl {impl}: not checked, {why}")
     if not _native.has_native():
         reasons.add(f"ema_update_, impl native: not checked, {_native.why_not()}")
     return sorted(reasons)
@@ -201,8 +226,17 @@ def _raised(error: Exception) -> str:
     return f"{type(error).__name__}: {' '.join(str(error).split())}"
 
 
-def _worst(row: Row, actual: dict[str, Tensor], eager: dict[str, Tensor], truth: dict[str, Tensor]) -> Row:
-    """Return `row` with the quantity whose error is largest over its limit; a quantity missing or NaN is the worst."""
+def _worst(
+    row: Row,
+    actual: dict[str, Tensor],
+    eager: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    bf16_gradient_limit: float | None = BF16_GRADIENT_LIMIT,
+) -> Row:
+    """Return `row` with the quantity whose error is largest over its limit; a quantity missing or NaN is the worst.
+
+    `bf16_gradient_limit` None holds gradients in bf16 to `eager` too, which then rounds as they do.
+    """
     import torch
 
     from sdft_kernels.testing import relative_error
@@ -218,12 +252,22 @@ def _worst(row: Row, actual: dict[str, Tensor], eager: dict[str, Tensor], truth:
         limit = FACTOR * max(eager_error, eps)
         if expected.numel() == 1:
             limit = max(limit, SCALAR_ULPS * eps)
-        if row.dtype == "bf16" and "grad_" in name:
-            limit = BF16_GRADIENT_LIMIT
+        if row.dtype == "bf16" and "grad_" in name and bf16_gradient_limit is not None:
+            limit = bf16_gradient_limit
         rows.append(replace(row, quantity=name, error=error, eager=eager_error, limit=limit))
     return max(
         rows, key=lambda candidate: math.inf if math.isnan(candidate.error) else candidate.error / candidate.limit
     )
+
+
+def _check_attention(impl: str, dtype: str, device: str, case: str, of: torch.dtype) -> Row:
+    from sdft_kernels.cli._check_ops import attention
+
+    row = Row("shared_prefix_attention", impl, dtype, case)
+    try:
+        return _worst(row, *attention(impl, case, of, device), bf16_gradient_limit=None)
+    except Exception as error:
+        return replace(row, raised=_raised(error))
 
 
 def _check_ema(impl: str, dtype: str, device: str) -> Row:

@@ -9,6 +9,7 @@ import os
 import platform
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +17,15 @@ from sdft_kernels._version import __version__
 
 HELP = "Print versions, hardware and the implementation of every op: paste it when reporting a bug."
 
-# Op -> its name in the table of implementations.
+# Op -> its name in the table of implementations: what `env` reports and `check` checks, beside `EMA`.
 OPS = {
     "linear_divergence": "linear_divergence",
     "linear_divergence_loss": "linear_divergence",
     "linear_topk_divergence": "linear_topk_divergence",
     "linear_token_logprob": "linear_token_logprob",
+    "shared_prefix_attention": "shared_prefix_attention",
 }
+EMA = "ema_update_"  # takes no `impl`: compiled for contiguous tensors on CPU, PyTorch for all others
 
 # Distribution names, in the order of how often a bug report hinges on them.
 PACKAGES = (
@@ -105,9 +108,31 @@ def cpu_report() -> dict[str, Any]:
     except ImportError:
         return report
     return report | {
+        "kernels_isa": kernels_isa(),
+        "onednn_isa": onednn_isa(),
         "torch_capability": torch.backends.cpu.get_cpu_capability(),
         "torch_threads": torch.get_num_threads(),
     }
+
+
+def kernels_isa() -> str | None:
+    """Return the instruction set that this package's CPU kernels run, None where none are built."""
+    from sdft_kernels import _native
+
+    return _native.cpu_isa() or None
+
+
+def onednn_isa() -> str | None:
+    """Return the instruction set that oneDNN names in a process of its own, None if it names none.
+
+    It writes that line, which no function returns, when it first computes: here an element-wise operation.
+    """
+    command = [sys.executable, "-c", "import torch; torch.relu(torch.ones(2, 2).to_mkldnn())"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, env=os.environ | {"ONEDNN_VERBOSE": "1"}).stdout
+    except OSError:
+        return None
+    return next((line.partition("isa:")[2] for line in said.splitlines() if ",cpu,isa:" in line), None)
 
 
 def gpu_report() -> dict[str, Any]:
@@ -152,7 +177,7 @@ def native_report() -> dict[str, Any]:
 
         if not _native.has_native():
             return {"built": False, "reason": _native.why_not()}
-        return {"built": True, "build_info": _native.build_info()}
+        return {"built": True, "host": _native.host() is not None, "build_info": _native.build_info()}
     except ImportError as error:
         return {"built": False, "reason": str(error)}
 
@@ -162,8 +187,20 @@ def implementation_report() -> dict[str, dict[str, str]]:
     try:
         from sdft_kernels import _dispatch
     except ImportError as error:
-        return {op: {"auto": f"none: {error}"} for op in OPS}
-    return {op: {"auto": _dispatch.resolve("auto", name), **_dispatch.available(name)} for op, name in OPS.items()}
+        return {op: {"auto": f"none: {error}"} for op in (*OPS, EMA)}
+    from sdft_kernels import _native
+
+    report = {}
+    for op, name in OPS.items():
+        answers = {"auto": _dispatch.resolve("auto", name), **_dispatch.available(name)}
+        if name == "shared_prefix_attention":  # whose PyTorch kernels go by another name
+            answers = {key.replace("torch", "composition"): value for key, value in answers.items()}
+            answers["auto"] = answers["auto"].replace("torch", "composition")
+        report[op] = answers
+    built = _native.has_native()
+    answer = "available" if built else str(_native.why_not())
+    report[EMA] = {"auto": "native" if built else "torch", "torch": "available", "native": answer}
+    return report
 
 
 def format_text(report: dict[str, Any]) -> str:
@@ -174,6 +211,8 @@ def format_text(report: dict[str, Any]) -> str:
     cpu = report["cpu"]
     facts.append(("CPU", f"{cpu['name']}, {cpu['cores']} cores, {' '.join(cpu['flags']) or 'flags unknown'}"))
     if "torch_capability" in cpu:
+        facts.append(("CPU in kernels", cpu["kernels_isa"] or "none are built"))
+        facts.append(("CPU in oneDNN", cpu["onednn_isa"] or "unknown"))
         facts.append(("CPU in torch", f"{cpu['torch_capability']}, {cpu['torch_threads']} threads"))
     gpu = report["gpu"]
     for index, device in enumerate(gpu["devices"]):
@@ -183,6 +222,8 @@ def format_text(report: dict[str, Any]) -> str:
         facts.append(("GPU", f"none ({gpu['reason']})"))
     native = report["native"]
     built = ", ".join(f"{key}={value}" for key, value in native.get("build_info", {}).items())
+    if native["built"] and not native["host"]:
+        built = "without _host: pip install 'pybind11>=3.0', then install again"
     facts.append(("native extension", f"built ({built})" if native["built"] else f"not built ({native['reason']})"))
     for op, answers in report["implementations"].items():
         facts.append((op, f"auto → {answers['auto']}"))
