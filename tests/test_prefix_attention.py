@@ -389,3 +389,34 @@ def test_the_backward_of_adjoining_rows_over_one_prompt_is_one_call():
     # Segments lie level by level: the first prompt's children, the other's, and the child of [1, 2, 3] after them.
     found = sorted((part.size, part.keys.start) for part in joined)
     assert found == [((3, 3), 70), ((3, 30), 40), ((3, 40), 0), ((6, 40), 0)]
+
+
+@pytest.mark.parametrize("options", [{}, {"softcap": 2.0}], ids=["flash", "dense"])
+def test_global_matmul_precision_is_ignored_and_restored(options, monkeypatch):
+    """Forward and backward: where "medium" means bf16 products (AVX-512) gradients would be 4e-3 off."""
+    asked = []
+    for part in (part_flash, part_dense):
+        for name in ("forward", "backward"):
+            kernel = getattr(part, name)
+
+            def watched(*args, kernel=kernel, name=name):
+                backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+                asked.append((name, *(backend.fp32_precision for backend in backends)))
+                return kernel(*args)
+
+            monkeypatch.setattr(part, name, watched)
+    case = make_case(PrefixTree([9, 4, 3], [-1, 0, 0]), **options).to(torch.float32)
+    grad = torch.randn_like(case.query)
+    want = run(case, "composition", grad)
+    before = torch.get_float32_matmul_precision()
+    try:
+        torch.set_float32_matmul_precision("medium")
+        assert torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # what the products would ask for
+        asked.clear()
+        got = run(case, "composition", grad)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision(before)
+    assert set(asked) == {("forward", "ieee", "ieee"), ("backward", "ieee", "ieee")}
+    for name in want:
+        assert torch.equal(got[name], want[name]), name

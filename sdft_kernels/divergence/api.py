@@ -21,8 +21,10 @@ from .._checks import (
     check_tensors,
     check_weight,
     operand_dtype,
+    values_are_visible,
 )
 from .._dispatch import debug_enabled, resolve
+from .._head import ABSENT_TARGET
 from .driver import Affine
 from .fields import NEED_TARGET, TokenDivergence, available_fields
 from .operators import LossFunction, Options, Tensors, TokensFunction
@@ -83,8 +85,8 @@ def linear_divergence(
             weight's gradient. None is 256 MiB on CPU, 1.5 GiB on CUDA.
         pack: gather the unmasked tokens first (one host synchronisation). False computes all and selects.
         precision: ``"tf32"`` allows TF32 products for fp32 inputs on CUDA; None ignores the global switches.
-        impl: ``"auto"`` (Triton row kernels on CUDA, PyTorch's elsewhere), ``"torch"``, ``"triton"`` or ``"reference"``
-            (materialises the logits).
+        impl: ``"auto"`` (Triton row kernels on CUDA, the compiled ones on CPU where they are built, else PyTorch's),
+            ``"torch"``, ``"triton"``, ``"native"`` or ``"reference"`` (materialises the logits).
 
     Returns:
         `TokenDivergence` of (N,) tensors: fp32, fp64 for fp64 inputs.
@@ -137,8 +139,10 @@ def linear_divergence_loss(
     """The sum over tokens of a token loss, with value and gradient at 4 GEMMs (3 with a frozen head, 2 without grad).
 
     Args:
-        token_loss: None is the mean over the unmasked tokens of KL(p_t || p_s), SDFT's default. An `AffineTokenLoss`
-            (or `sdft_token_loss`) is data. A callable ``token_loss(tokens, index) -> (C,)`` gets the numbers of one
+        token_loss: None is the mean over the unmasked tokens of KL(p_t || p_s), SDFT's default. A mean leaves out the
+            tokens whose target is -100, as `cross_entropy` does with its `ignore_index`: they count as masked. With
+            weights of your own such a token stays, without a log-probability. An `AffineTokenLoss` (or
+            `sdft_token_loss`) is data. A callable ``token_loss(tokens, index) -> (C,)`` gets the numbers of one
             chunk, (C,) each, and their positions in the caller's order, (C,) int64; it must be elementwise over tokens
             (``SDFT_KERNELS_DEBUG=1`` checks) and must not use a tensor that requires grad (checked). Under
             `torch.compile` it breaks the graph once; an affine loss does not.
@@ -167,6 +171,8 @@ def linear_divergence_loss(
         memory_budget, pack, precision, vocab_group, impl,
     )  # fmt: skip
     _check(tensors, options)
+    if isinstance(token_loss, AffineTokenLoss) and token_loss.mean:
+        tensors, options = _without_absent(tensors, options)
     resolved = _resolve_loss(token_loss, tensors, options)
     names = available_fields(target is not None, jsd_alpha is not None)
     if options.impl == "reference":
@@ -198,6 +204,19 @@ def _merge_alpha(token_loss: AffineTokenLoss, jsd_alpha: float | None) -> float 
     if jsd_alpha is not None and jsd_alpha != token_loss.alpha:
         raise ValueError(f"jsd_alpha={jsd_alpha} disagrees with token_loss.alpha={token_loss.alpha}")
     return token_loss.alpha
+
+
+def _without_absent(t: Tensors, o: Options) -> tuple[Tensors, Options]:
+    """A mean leaves out the tokens whose target is absent: they count as masked."""
+    if t.target is None:
+        return t, o
+    present = t.target != ABSENT_TARGET
+    if t.mask is not None:
+        return t._replace(mask=t.mask & present), o
+    if not values_are_visible(t.target):
+        # Packing would wait for the device, which a call without a mask does not (a CUDA graph captures it).
+        return t._replace(mask=present), o._replace(pack=False)
+    return (t, o) if present.all() else (t._replace(mask=present), o)
 
 
 def _resolve_loss(token_loss: AffineTokenLoss | TokenLoss, t: Tensors, o: Options) -> Affine | TokenLoss:

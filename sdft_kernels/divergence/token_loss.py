@@ -28,7 +28,7 @@ class AffineTokenLoss:
         old_logprob: ``(N,)`` log-probability of `target` under the policy that sampled it, for the importance ratio.
         importance_clip: upper limit of exp(student_logprob - old_logprob), a factor without gradient (TRL's
             `distillation_is_clip`; the exponent is limited to +-20). Needs `old_logprob` and `target`.
-        mean: divide by the number of unmasked tokens.
+        mean: divide by the number of unmasked tokens, those whose target is -100 left out like masked ones.
     """
 
     kl_teacher_student: Weight = 0.0
@@ -92,7 +92,7 @@ def sdft_token_loss(
 
     Args:
         alpha: as in TRL's `distillation_alpha`. Note the jump: the JSD itself tends to 0 at either end.
-        weight: a float or ``(N,)``; None is the mean over the unmasked tokens.
+        weight: a float or ``(N,)``; None is the mean over the unmasked tokens (`AffineTokenLoss.mean`).
         old_logprob, importance_clip: see `AffineTokenLoss`.
     """
     value = 1.0 if weight is None else weight

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -9,7 +11,22 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from .._gemm import exact_matmul
 from .call import Inputs, Options
+
+
+@contextmanager
+def exact_products(device: torch.device) -> Iterator[None]:
+    """fp32 products in fp32, whatever autocast and `torch.set_float32_matmul_precision` say.
+
+    `torch.compile` cannot trace a change of the latter: what it compiles follows the caller's setting.
+    """
+    with torch.autocast(device.type, enabled=False):
+        if torch.compiler.is_compiling():
+            yield
+        else:
+            with exact_matmul(None):
+                yield
 
 
 class SharedPrefixAttentionFunction(torch.autograd.Function):
@@ -32,8 +49,7 @@ class SharedPrefixAttentionFunction(torch.autograd.Function):
         kernels: ModuleType,
     ) -> tuple[Tensor, Tensor]:
         inputs = Inputs(query, key, value, sinks, cached_key, cached_value)
-        # Autocast would round the fp32 products of `part_dense`.
-        with torch.autocast(query.device.type, enabled=False):
+        with exact_products(query.device):
             out, lse = kernels.forward(inputs, options)
         ctx.save_for_backward(*inputs, out, lse)
         ctx.options, ctx.kernels = options, kernels
@@ -47,6 +63,6 @@ class SharedPrefixAttentionFunction(torch.autograd.Function):
         if grad is None and grad_lse is None:
             return (None,) * 8
         grad = torch.zeros_like(out) if grad is None else grad.contiguous()
-        with torch.autocast(out.device.type, enabled=False):
+        with exact_products(out.device):
             grads = ctx.kernels.backward(Inputs(*tensors), ctx.options, out, lse, grad, grad_lse)
         return *grads, None, None, None, None
