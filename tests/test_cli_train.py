@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
@@ -46,29 +45,39 @@ def weights(folder):
     return list(AutoModelForCausalLM.from_pretrained(folder).parameters())
 
 
+# Run in the child in place of `python -m sdft_kernels`: SIGKILL from within, behind the first checkpoint, whatever the
+# machine does beside it.
+KILLED_IN_STEP_4 = """
+import os, signal, sys
+from sdft_kernels.cli.__main__ import main
+from sdft_kernels.distill.trainer import SDFTTrainer
+
+step = SDFTTrainer.training_step
+def killed(trainer, *arguments, **options):
+    result = step(trainer, *arguments, **options)
+    if trainer.state.global_step == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return result
+SDFTTrainer.training_step = killed
+main(sys.argv[1:])
+"""
+
+
 def test_kill_and_resume_give_the_same_numbers(files, tmp_path):
-    """SIGKILL a child once it has written a whole checkpoint; --resume in a new process equals an uninterrupted run."""
+    """A child is killed behind a whole checkpoint; --resume in a new process equals an uninterrupted run."""
     straight, killed = tmp_path / "straight", tmp_path / "killed"
-    epochs = ("--epochs", "3")
+    run = arguments(files, killed, "--epochs", "3")
     # One thread here and in the children: same sums, and no waiting for each other on a busy machine.
     torch.set_num_threads(1)
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    assert main(arguments(files, straight, *epochs)) == 0
+    options = dict(env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=HANG_SECONDS)
+    assert main(arguments(files, straight, "--epochs", "3")) == 0
     assert [entry["step"] for entry in metrics(straight)] == list(range(1, 19))
 
-    command = [sys.executable, "-m", "sdft_kernels", *arguments(files, killed, *epochs)]
-    child = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + HANG_SECONDS
-    while last_complete_checkpoint(str(killed)) is None:
-        assert child.poll() is None and time.monotonic() < deadline, "the run ended before it could be killed"
-        time.sleep(0.002)
-    child.send_signal(signal.SIGKILL)
-    assert child.wait() == -signal.SIGKILL
-    assert not (killed / "model.safetensors").exists(), "killed too late to test anything"
+    child = subprocess.run([sys.executable, "-c", KILLED_IN_STEP_4, *run], **options)
+    assert child.returncode == -signal.SIGKILL, child.stderr
+    assert last_complete_checkpoint(str(killed)) is not None and not (killed / "model.safetensors").exists()
 
-    finished = subprocess.run(
-        [*command, "--resume"], env=environment, capture_output=True, text=True, timeout=HANG_SECONDS
-    )
+    finished = subprocess.run([sys.executable, "-m", "sdft_kernels", *run, "--resume"], **options)
     assert finished.returncode == 0, finished.stderr
     assert "from checkpoint-" in finished.stderr
     assert metrics(killed) == metrics(straight)

@@ -26,7 +26,7 @@ def run(folder, batch_size, **options):
 
 
 def test_two_processes_equal_one(tmp_path):
-    run_ranks(__file__, 2, tmp_path / "ddp", ACCELERATE_USE_CPU="true", timeout=600)
+    run_ranks(__file__, 2, tmp_path / "ddp", ACCELERATE_USE_CPU="true")
     losses, parameters, _ = run(tmp_path / "one", batch_size=4)
     distributed = torch.load(tmp_path / "ddp.pt")
     assert distributed["losses"] == pytest.approx(losses, rel=1e-5)

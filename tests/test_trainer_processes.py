@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("transformers")
 
 import distill_tiny as tiny  # noqa: E402
-from processes import leave, run_ranks  # noqa: E402
+from processes import HANG_SECONDS, leave, run_ranks  # noqa: E402
 from transformers import PrinterCallback  # noqa: E402
 
 from sdft_kernels.distill import SDFTConfig, SDFTTrainer  # noqa: E402
@@ -57,7 +57,7 @@ def trainer(folder, train, evaluation, **options):
     defaults = dict(
         output_dir=str(folder), use_cpu=True, max_steps=2, learning_rate=0.3, rollouts="given", report_to=[],
         per_device_train_batch_size=4 // processes, save_strategy="no", disable_tqdm=True, teacher_model_kind="ema",
-        teacher_update_rate=0.5, train_sampling_strategy="sequential", optim="sgd", ddp_timeout=240,
+        teacher_update_rate=0.5, train_sampling_strategy="sequential", optim="sgd", ddp_timeout=HANG_SECONDS,
         ddp_backend="gloo" if processes > 1 else None, max_completion_length=6, include_num_input_tokens_seen="all",
     )  # fmt: skip
     config = SDFTConfig(**(defaults | options))
@@ -92,7 +92,7 @@ def two(tmp_path_factory):
     The limits are against waiting for ever only: a busy machine needs a fraction of them.
     """
     folder = tmp_path_factory.mktemp("processes")
-    run_ranks(__file__, 2, folder, ACCELERATE_USE_CPU="true", timeout=600)
+    run_ranks(__file__, 2, folder, ACCELERATE_USE_CPU="true")
     return json.loads((folder / "results.json").read_text())
 
 
