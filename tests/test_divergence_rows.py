@@ -296,7 +296,7 @@ def test_loss_with_mask_callable_and_chunks(pack, tested):
     dtype, limit = tested.precision
     x = make_divergence_inputs("peaked", 7, 203, 16, mask=True, dtype=dtype, device=tested.device)
     x.student_input[~x.mask] = float("nan")
-    budget = 2 * dtype.itemsize * (2 * 208 + 3 * 32)  # two tokens a chunk
+    budget = 2 * dtype.itemsize * (2 * tested.rows.row_stride(203) + 3 * 32)  # two tokens a chunk
 
     def squared(tokens, index):
         return tokens.kl_teacher_student.square() + tokens.student_entropy + 0.1 * index
