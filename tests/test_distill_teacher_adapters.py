@@ -13,8 +13,9 @@ peft = pytest.importorskip("peft")
 
 import distill_tiny as tiny  # noqa: E402
 
-from sdft_kernels.distill import SDFTConfig, SDFTTrainer, SelfDistiller, make_teacher  # noqa: E402
+from sdft_kernels.distill import DistillBatch, SDFTConfig, SDFTTrainer, SelfDistiller, make_teacher  # noqa: E402
 from sdft_kernels.distill.adapters import adapter_layers, adapters_change_nothing  # noqa: E402
+from sdft_kernels.distill.teacher import ModelTeacher  # noqa: E402
 
 IDS = torch.tensor([[3, 7, 9, 11]])
 CHANGES_BASE = ["pissa", "pissa_niter_4", "olora", "corda"]
@@ -314,3 +315,19 @@ def test_states_of_frozen_adapters():
         fresh.load_state_dict(before.state_dict())
     with pytest.raises(ValueError, match="does not fit"):
         before.load_state_dict(make_teacher(trained(lora(r=3))).state_dict())
+
+
+def test_a_restored_teacher_forgets_the_prefixes_of_before():
+    """Its copies are written in place, which the cache would take for a change of weights in mid-run."""
+    distiller = SelfDistiller(lora(init_lora_weights=False), "frozen", skip_first_tokens=0)
+    assert distiller.passes.cache is not None
+    prompts = [list(range(1, 12)), list(range(2, 11))]
+    batch = DistillBatch(prompts, [[*p, *p] for p in prompts], [[[3, 4, 5], [6, 7]], [[5, 4], [8, 9, 3]]])
+    before = distiller(batch)
+    distiller.load_state_dict(distiller.state_dict())
+    assert torch.equal(distiller(batch).loss, before.loss)
+
+
+def test_a_teacher_made_by_hand_is_looked_at_too():
+    with pytest.raises(ValueError, match="fp16"):
+        SelfDistiller(tiny.model(), ModelTeacher(tiny.model().half()))

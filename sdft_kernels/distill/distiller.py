@@ -115,8 +115,9 @@ class SelfDistiller:
         check_options(alpha, temperature, skip_first_tokens, importance_clip, loss, sampling_clip)
         _check_token_loss(token_loss, loss)
         for role, side in (("student", model), ("teacher", teacher)):
-            if isinstance(side, nn.Module):
-                refuse_unsupported(side, role)
+            inner = side.model if isinstance(side, Teacher) else side
+            if isinstance(inner, nn.Module):
+                refuse_unsupported(inner, role)
         if verify:
             verify_head(model)
         self.model = model
@@ -201,7 +202,7 @@ class SelfDistiller:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Restore `state_dict`; raises ValueError where it does not fit."""
         self.teacher.load_state_dict(state)
-        self.passes.weights_changed()
+        self.passes.weights_loaded()
 
     def _check_attached(self) -> None:
         if not (torch.is_grad_enabled() and self.model.training):

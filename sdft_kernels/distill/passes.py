@@ -76,7 +76,12 @@ class Passes:
 
     def weights_changed(self) -> None:
         """The teacher may have other weights now: forget what the old ones computed."""
-        if self.cache is not None and self.teacher.kind not in UNCHANGING:
+        if self.teacher.kind not in UNCHANGING:
+            self.weights_loaded()
+
+    def weights_loaded(self) -> None:
+        """The teacher's state was restored, whatever its kind: forget what was computed before."""
+        if self.cache is not None:
             self.cache.invalidate()
 
     def take_metrics(self, device: torch.device) -> dict[str, Tensor]:
