@@ -35,8 +35,14 @@ def count(monkeypatch):
     return gemm.done
 
 
+def drawn(**options):
+    """Every target is present: a mean would leave the token out, and its products."""
+    x = make_divergence_inputs(tokens=N, vocabulary=V, hidden=H, **options)
+    return x.replace(target=x.target.clamp(min=0)).tensors()
+
+
 def arguments(frozen=False):
-    x = make_divergence_inputs(tokens=N, vocabulary=V, hidden=H).tensors()
+    x = drawn()
     x["student_input"].requires_grad_()
     x["student_weight"].requires_grad_(not frozen)
     return x
@@ -119,13 +125,13 @@ def largest(x, token_loss):
 
 @pytest.mark.parametrize("loss", ("affine", "callable"))
 def test_no_tensor_of_tokens_times_vocabulary(loss):
-    x = make_divergence_inputs(tokens=N, vocabulary=V, hidden=H, mask=True).tensors()
+    x = drawn(mask=True)
     affine = driver.Affine({"kl_teacher_student": torch.ones(N), "jsd": torch.ones(N)})
     assert largest(x, affine if loss == "affine" else callable_loss) <= SCRATCH // 4 < N * V
 
 
 def test_negative_control_the_reference_makes_one():
-    x = make_divergence_inputs(tokens=N, vocabulary=V, hidden=H).tensors()
+    x = drawn()
     with LargestTensor() as seen:
         linear_divergence(**x, impl="reference")
     assert seen.numel >= N * V
@@ -133,7 +139,7 @@ def test_negative_control_the_reference_makes_one():
 
 def test_negative_control_the_registered_operator_hides_its_tensors():
     """Why the mode sits beneath the operator: from outside nothing shows."""
-    x = make_divergence_inputs(tokens=N, vocabulary=V, hidden=H).tensors()
+    x = drawn()
     with LargestTensor() as seen, torch.no_grad():
         linear_divergence_loss(**x, memory_budget=BUDGET)
     assert seen.numel < 32 * V

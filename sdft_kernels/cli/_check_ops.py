@@ -111,10 +111,13 @@ def attention(impl: str, case: str, dtype: torch.dtype, device: str) -> tuple[Nu
     tree = PrefixTree([40, 5, 9, 1, 17], [-1, 0, 0, 2, -1])
     generator = torch.Generator().manual_seed(0)
     heads = {"query": 4, "key": 2, "value": 2}
-    drawn = {name: torch.randn(tree.tokens, count, 32, generator=generator) for name, count in heads.items()}
+    drawn = {
+        name: torch.randn(tree.tokens, count, 32, generator=generator, dtype=torch.float32)
+        for name, count in heads.items()
+    }
     if case == "every option":
-        drawn["sinks"] = torch.randn(heads["query"], generator=generator)
-    upstream = torch.randn(tree.tokens, heads["query"], 32, generator=generator).to(device, dtype)
+        drawn["sinks"] = torch.randn(heads["query"], generator=generator, dtype=torch.float32)
+    upstream = torch.randn(tree.tokens, heads["query"], 32, generator=generator, dtype=torch.float32).to(device, dtype)
     inputs = {name: tensor.to(device, dtype) for name, tensor in drawn.items()}
 
     def run(kind: str, to: torch.dtype) -> Numbers:

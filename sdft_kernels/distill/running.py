@@ -70,7 +70,9 @@ class RunningMetrics:
         self.accumulate("completions/max_length", lengths.max(), 1)
         # At the limit almost surely means cut there: an end exactly at the limit is rare and harmless to count.
         self.accumulate("completions/clipped_ratio", (lengths >= limit).double().mean(), len(lengths))
-        sequence = torch.repeat_interleave(torch.arange(len(lengths), device=lengths.device), lengths)
+        sequence = torch.repeat_interleave(
+            torch.arange(len(lengths), device=lengths.device, dtype=torch.int64), lengths
+        )
         counted = torch.zeros_like(lengths).index_add_(0, sequence, output.mask.long())
         self.accumulate("completions/skipped_ratio", (counted == 0).double().mean(), len(lengths))
 
@@ -82,7 +84,7 @@ class RunningMetrics:
         """
         if name not in NAMES:
             raise KeyError(f"the metric {name!r} has no place in running.NAMES")
-        new = torch.stack([value.double() * weight, torch.as_tensor(weight, device=value.device).double()])
+        new = torch.stack([value.double() * weight, torch.as_tensor(weight, dtype=torch.float64, device=value.device)])
         old = self._pairs.get(name)
         if old is None:
             self._pairs[name] = new

@@ -285,7 +285,7 @@ class SDFTTrainer(Trainer):
         rows = self._without_repeated(inputs)
         self._eval_batches += 1
         if not rows:
-            return torch.zeros((), device=self.args.device), None, None
+            return torch.zeros((), device=self.args.device, dtype=torch.float32), None, None
         [batch] = self._batches([rows], seed)
         running = self._running["eval"]
         with torch.no_grad():

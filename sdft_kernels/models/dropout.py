@@ -136,7 +136,7 @@ def _drawn(model: nn.Module) -> set[str]:
     """Functions that drop something in a pass over four tokens in train mode; the random state stays."""
     base: Any = unwrap_peft(model)
     weight = base.get_input_embeddings().weight
-    ids = torch.arange(1, 5, device=weight.device)[None]
+    ids = torch.arange(1, 5, device=weight.device, dtype=torch.int64)[None]
     devices = [weight.device] if weight.is_cuda else []
     with training_mode(model), torch.random.fork_rng(devices=devices), _Watch() as watch:
         base(input_ids=ids, use_cache=False)

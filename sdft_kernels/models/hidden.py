@@ -105,7 +105,7 @@ def hidden_states(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | 
     # Models without this argument (Bloom, MPT) derive distances from the mask.
     if attention_mask is not None and "position_ids" in inspect.signature(layers.forward).parameters:
         padding = (attention_mask.cumsum(-1) == 0).sum(-1, keepdim=True)
-        counted = torch.arange(input_ids.shape[1], device=input_ids.device) - padding
+        counted = torch.arange(input_ids.shape[1], device=input_ids.device, dtype=torch.int64) - padding
         positions["position_ids"] = counted.clamp(min=0)
     output: Any = layers(input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions)
     return output.last_hidden_state
