@@ -43,8 +43,11 @@ def exact_matmul(precision: str | None) -> Iterator[None]:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether its elements, in any order of dimensions, fill the memory from its first to its last."""
-    places = zip(tensor.shape, tensor.stride(), strict=True)
-    return tensor.numel() == 0 or 1 + sum((size - 1) * stride for size, stride in places) == tensor.numel()
+    places = [(size, stride) for size, stride in zip(tensor.shape, tensor.stride(), strict=True) if size > 1]
+    if tensor.numel() == 0:
+        return True
+    # A repeated dimension (stride 0) leaves its repetitions' share of the memory to gaps.
+    return all(s for _, s in places) and 1 + sum((size - 1) * stride for size, stride in places) == tensor.numel()
 
 
 def dense(tensor: Tensor) -> Tensor:

@@ -216,3 +216,13 @@ def test_every_operand_of_the_decoding_attention():
         with HandedOver() as seen:
             decode_attention(torch.randn(4, 4, 1, 6), read_keys(key), None, scale=0.4)
         assert seen.faults == [] and seen.products == 4
+
+
+def test_a_repeated_view_with_gaps_is_not_dense():
+    """Its extent happens to be its number of elements."""
+    from sdft_kernels._gemm import dense, is_dense
+
+    view = torch.arange(8, dtype=torch.float32)[::3][:2].expand(2, 2)
+    assert not is_dense(view) and dense(view).is_contiguous() and torch.equal(dense(view), view)
+    whole = torch.zeros(3, 4, dtype=torch.float32)
+    assert is_dense(whole) and is_dense(whole.t()) and is_dense(whole[:1]) and not is_dense(whole[:, :3])

@@ -156,6 +156,7 @@ def packed_hidden_states(
     check_ready(model)
     if cache is not None and torch.is_grad_enabled():
         raise ValueError("cached keys and values carry no gradient: leave cache out, or run under torch.no_grad()")
+    reset_rope(model)  # before the cache looks at the buffers: a longer pass's frequencies would be another state
     owner = None if cache is None else cache.owner(model)
     weight = unwrap_peft(model).get_input_embeddings().weight
     empty = weight.new_zeros((0, _hidden_size(model)))
