@@ -179,3 +179,20 @@ def test_dynamic_scaling_allows_longer_sequences():
     assert context_length(rope_model("dynamic")) == 4 * LIMIT
     assert context_length(rope_model("dynamic by layer type")) == LIMIT  # its other layers are not scaled
     assert context_length(rope_model("longrope")) == 48
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_longer_pass_leaves_a_cached_prompt_found(kind):
+    """The frequencies that it leaves in the model's buffers are no other state of the model."""
+    model = rope_model(kind)
+    enable_shared_prefix(model)
+    cache = PrefixCache(2**20)
+    short, long = ([draw([6], 8)[0]], [[draw([3], 9)[0]]]), ([draw([20], 7)[0]], [[draw([4], 6)[0]]])
+    hits = []
+    with torch.no_grad():
+        for prompts, completions in (short, short, long, short, long, short):
+            before = cache.statistics.hits
+            packed_hidden_states(model, prompts, completions, cache=cache)
+            hits.append(cache.statistics.hits - before)
+    # Beyond the limit a dynamic prompt has other frequencies than its completions, and is never taken from the cache.
+    assert hits == [0, 1, 0, 1, int(kind == "longrope"), 1]

@@ -53,24 +53,28 @@ def generation_batches(
 
 
 def reset_rope(model: nn.Module) -> None:
-    """Forget the lengths of earlier passes: the next one computes dynamic frequencies for its own longest sequence.
+    """Forget the lengths of earlier passes: the model is as it was before any, and so are its buffers for a cache.
 
-    transformers resets them only for a pass that is shorter than the limit, and otherwise keeps those of the longest
-    pass so far.
+    Dynamic frequencies are then computed for the next pass's own longest sequence: transformers resets them only for a
+    pass that is shorter than the limit, and otherwise keeps those of the longest so far. Longrope's it chooses anew in
+    every pass, but leaves the last ones in place.
     """
     base = unwrap_peft(model)
-    if not any(kind == "dynamic" for kind, _ in _length_dependent(base)):
+    if not any(True for _ in _length_dependent(base)):
         return
     for module in base.modules():
         kinds = getattr(module, "rope_type", None)
         for layer, kind in kinds.items() if isinstance(kinds, dict) else [("", kinds)]:
             prefix = f"{layer}_" if layer else ""
             original = getattr(module, f"{prefix}original_inv_freq", None)
-            if not isinstance(kind, str) or "dynamic" not in kind or original is None:
+            if not isinstance(kind, str) or original is None:
                 continue
             current: Tensor = getattr(module, f"{prefix}inv_freq")
-            module.register_buffer(f"{prefix}inv_freq", original.to(current.device), persistent=False)
-            setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
+            if kind == "longrope":
+                current.copy_(original)  # in place, as transformers writes them
+            elif "dynamic" in kind:
+                module.register_buffer(f"{prefix}inv_freq", original.to(current.device), persistent=False)
+                setattr(module, f"{prefix}max_seq_len_cached", module.original_max_seq_len)
 
 
 def dynamic_factor(config: Any) -> float:
