@@ -49,6 +49,9 @@ def test_fp16_is_refused_at_construction(tmp_path):
         SelfDistiller(head, verify=False)
     with pytest.raises(ValueError, match="fp16=True is not supported.*bf16=True"):
         SDFTConfig(output_dir=str(tmp_path), use_cpu=True, fp16=True)
+    for name in ("fp16_full_eval", "bf16_full_eval"):
+        with pytest.raises(ValueError, match="cast the student for good.*bf16=True"):
+            SDFTConfig(output_dir=str(tmp_path), use_cpu=True, **{name: True})
     SelfDistiller(tiny.model().bfloat16())  # control
 
 

@@ -88,6 +88,11 @@ class SDFTConfig(TrainingArguments):
     def __post_init__(self) -> None:
         if self.fp16:
             raise ValueError("fp16=True is not supported (its range ends at 65504): use bf16=True, or neither for fp32")
+        if self.fp16_full_eval or self.bf16_full_eval:
+            raise ValueError(
+                "fp16_full_eval and bf16_full_eval cast the student for good, under a teacher made for its dtype: use "
+                "bf16=True, which evaluates under autocast"
+            )
         super().__post_init__()
         check_kind(self.rollouts)
         resolve_template(self.teacher_prompt_template)
